@@ -48,6 +48,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+
 def preload_openblas() -> None:
     """Put OpenBLAS, where a Linux machine has it, in front of the slow reference BLAS inside MLX's CPU wheel.
     MLX binds its matrix products, when it is imported, to the first BLAS in the process's global scope. So this
