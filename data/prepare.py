@@ -225,7 +225,7 @@ def install(staging: Path, dataset: dict, tokenizer: dict) -> None:
 
 def prepare(args: argparse.Namespace, say: Callable[[str], None] = print) -> None:
     """Build the data set that the command line asks for. Raises InputError for what the user can mend."""
-    name = args.name or ("mytext" if args.text else "sample")
+    name = args.name if args.name is not None else "mytext" if args.text else "sample"
     check_settings(name, args.vocab_size)
     dataset_name, tokenizer_name = f"{name}_sp{args.vocab_size}", f"{name}_{args.vocab_size}_bpe"
     listed = read_manifest(ROOT / "manifest.json").get("datasets", [])
@@ -279,7 +279,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: nothing was changed", file=sys.stderr)
+        print("interrupted: the data set was not built; run the same command again", file=sys.stderr)
         return 130
     return 0
 

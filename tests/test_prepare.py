@@ -1,0 +1,352 @@
+"""The data tool: its recipe, its files, running it again, the user's own text, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece as spm
+
+import prepare
+import train_gpt_mlx as tg
+from conftest import PAIRS
+from helpers import REPO
+
+WORDS = [
+    "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi",
+    "omicron", "pi", "rho", "sigma", "tau",
+]  # fmt: skip
+
+
+def write_texts(folder: Path, count: int = 12) -> Path:
+    """`count` small files in a folder with a sub-folder, a hidden file and an empty one."""
+    (folder / "sub").mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        lines = [f"{WORDS[(i + j) % 19]} {WORDS[(i * j + 3) % 19]} {a}{b} {j * i}" for j, (a, b) in enumerate(PAIRS)]
+        path = folder / ("sub" if i % 3 == 0 else ".") / f"text_{i}.txt"
+        path.write_text("\n".join([*lines, f"number {i}: naïve 東京\n"]), encoding="utf-8")
+    (folder / ".hidden").write_bytes(b"never read, and not UTF-8: \xff")
+    (folder / "empty.txt").write_text(" \n\n")
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch) -> Path:
+    """A data folder for the tool to write to."""
+    monkeypatch.setattr(prepare, "ROOT", tmp_path / "data")
+    return tmp_path / "data"
+
+
+SMALL = ("--vocab-size", "300", "--val-tokens", "200")
+
+
+def build(texts: Path, *arguments: str) -> int:
+    return prepare.main(["--text", str(texts), *SMALL, *arguments])
+
+
+def tokens_of(root: Path, kind: str, name: str = "mytext_sp300") -> np.ndarray:
+    files = sorted((root / "datasets" / name).glob(f"fineweb_{kind}_*.bin"))
+    return np.concatenate([tg.load_data_shard(path) for path in files])
+
+
+def snapshot(root: Path) -> dict[str, bytes]:
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_shards_hold_the_documents_in_order(root, tmp_path):
+    texts = write_texts(tmp_path / "texts")
+    assert build(texts) == 0
+    tokenizer = spm.SentencePieceProcessor(model_file=str(root / "tokenizers/mytext_300_bpe.model"))
+    all_tokens = [tokens_of(root, "val").tolist(), tokens_of(root, "train").tolist()]
+    documents = []
+    for tokens in all_tokens:
+        starts = [i for i, token in enumerate(tokens) if token == 1]
+        assert starts[0] == 0
+        documents.append([tokens[a + 1 : b] for a, b in zip(starts, [*starts[1:], len(tokens)], strict=True)])
+        assert 2 not in tokens
+    val, train = documents
+    files = [path for path in texts.rglob("*.txt") if path.name != "empty.txt"]
+    expected = {tuple(tokenizer.encode(path.read_text())) for path in files}
+    assert {tuple(document) for document in val + train} == expected
+    assert len(val + train) == len(files) == 12
+    # Validation is the first documents, as many as come closest to 200 tokens.
+    lengths = np.cumsum([len(document) + 1 for document in val + train])
+    assert len(val) == 1 + np.argmin(np.abs(lengths - 200))
+    order = [int(tokenizer.decode(document).split("number ")[1].split(":")[0]) for document in val + train]
+    assert order != sorted(order)
+
+
+def test_recipe_of_the_tokenizer(root, tmp_path):
+    assert build(write_texts(tmp_path / "texts")) == 0
+    sp = spm.SentencePieceProcessor(model_file=str(root / "tokenizers/mytext_300_bpe.model"))
+    assert sp.vocab_size() == 300
+    assert (sp.pad_id(), sp.bos_id(), sp.eos_id(), sp.unk_id()) == (0, 1, 2, 3)
+    assert all(sp.is_byte(i) for i in range(4, 260))  # byte fallback
+    assert sp.decode(sp.encode("🦉")) == "🦉"
+    assert [sp.id_to_piece(i) for i in sp.encode("1987")][-4:] == ["1", "9", "8", "7"]  # split digits
+    assert not sp.id_to_piece(sp.encode("alpha")[0]).startswith("▁")  # no dummy prefix
+    assert sp.decode(sp.encode("ﬁne \n\n\t  ½")) == "fine 1⁄2"  # nmt_nfkc, white space folded
+
+
+def test_running_again_gives_the_same_bytes_and_leaves_nothing_else(root, tmp_path):
+    texts = write_texts(tmp_path / "texts")
+    assert build(texts) == 0
+    first = snapshot(root)
+    assert sorted(first) == ["datasets/mytext_sp300/fineweb_train_000000.bin",
+                             "datasets/mytext_sp300/fineweb_val_000000.bin", "manifest.json",
+                             "tokenizers/mytext_300_bpe.model"]  # fmt: skip
+    assert build(texts) == 0
+    assert snapshot(root) == first
+    moved = shutil.move(texts, tmp_path / "elsewhere")  # the order does not depend on where the text lies
+    assert build(moved) == 0
+    assert snapshot(root) == first
+
+
+def test_order_is_kept_when_a_file_is_added(tmp_path):
+    texts = write_texts(tmp_path / "texts")
+    before = prepare.read_documents(prepare.text_files([texts]))
+    (texts / "new.txt").write_text("something new")
+    after = prepare.read_documents(prepare.text_files([texts]))
+    assert [document for document in after if document != "something new"] == before
+
+
+def test_small_shards_and_a_rebuild_with_fewer(root, tmp_path):
+    texts = write_texts(tmp_path / "texts")
+    assert build(texts) == 0
+    whole = {kind: tokens_of(root, kind).tolist() for kind in ("train", "val")}
+    assert build(texts, "--shard-tokens", "100") == 0
+    folder = root / "datasets/mytext_sp300"
+    for kind, tokens in whole.items():
+        files = sorted(folder.glob(f"fineweb_{kind}_*.bin"))
+        assert [path.name for path in files] == [f"fineweb_{kind}_{i:06d}.bin" for i in range(-(-len(tokens) // 100))]
+        assert [len(tg.load_data_shard(path)) for path in files[:-1]] == [100] * (len(files) - 1)
+        assert tokens_of(root, kind).tolist() == tokens
+    assert build(texts) == 0
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_manifest_entry_suits_the_training_script_and_spares_others(root, tmp_path):
+    root.mkdir()
+    other = {"name": "fineweb10B_sp1024", "tokenizer_name": "sp_bpe_1024", "stats": {"files_train": 80}}
+    manifest = {"note": "kept", "datasets": [other], "tokenizers": [{"name": "sp_bpe_1024", "path": "x.model"}]}
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    for _ in range(2):
+        assert build(write_texts(tmp_path / "texts"), "--shard-tokens", "1000") == 0
+    written = json.loads((root / "manifest.json").read_text())
+    assert written["note"] == "kept"
+    assert [entry["name"] for entry in written["datasets"]] == ["fineweb10B_sp1024", "mytext_sp300"]
+    assert written["datasets"][0] == other
+    assert written["tokenizers"] == [{"name": "sp_bpe_1024", "path": "x.model"},
+                                     {"name": "mytext_300_bpe", "model_path": "tokenizers/mytext_300_bpe.model"}]
+    stats = written["datasets"][1]["stats"]
+    train, val = tokens_of(root, "train"), tokens_of(root, "val")
+    assert (stats["tokens_train"], stats["tokens_val"], stats["documents"]) == (len(train), len(val), 12)
+    assert stats["files_train"] == -(-len(train) // 1000)
+    dataset = root / "datasets/mytext_sp300"
+    right = str(root / "tokenizers/mytext_300_bpe.model")
+    count = stats["files_train"]
+    assert tg.validate_dataset_tokenizer_pair(str(dataset), right) == ("mytext_sp300", count, count)
+    with pytest.raises(ValueError, match="mytext_300_bpe"):
+        tg.validate_dataset_tokenizer_pair(str(dataset), "wrong.model")
+
+
+def test_files_of_the_same_name_and_single_files(root, tmp_path):
+    a, b = write_texts(tmp_path / "a"), write_texts(tmp_path / "b")
+    files = prepare.text_files([a, b, a / "text_1.txt"])
+    assert len(files) == 13 + 13 + 1
+    assert len(set(files.values())) == 26
+    assert not any(".hidden" in name for name in files)
+
+
+def test_name_and_default_name(root, tmp_path):
+    assert build(write_texts(tmp_path / "texts"), "--name", "my.set-1_x") == 0
+    assert (root / "datasets/my.set-1_x_sp300").is_dir()
+    assert (root / "tokenizers/my.set-1_x_300_bpe.model").is_file()
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "-x", ".x", "é"])
+def test_name_that_is_no_folder_name(root, tmp_path, capsys, name):
+    assert build(write_texts(tmp_path / "texts"), f"--name={name}") == 2
+    one_line_error(capsys, "--name")
+
+
+def one_line_error(capsys, *parts: str) -> None:
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    for part in parts:
+        assert part in err
+
+
+def test_unusable_texts_are_told_in_one_line_and_nothing_is_lost(root, tmp_path, capsys):
+    texts = write_texts(tmp_path / "texts")
+    assert build(texts) == 0
+    before = snapshot(root)
+    capsys.readouterr()
+
+    assert build(tmp_path / "absent") == 2
+    one_line_error(capsys, "absent", "no such file")
+    (tmp_path / "blank").mkdir()
+    assert build(tmp_path / "blank") == 2
+    one_line_error(capsys, "blank", "no files")
+    (tmp_path / "blank/a.txt").write_text("\n \t\n")
+    assert build(tmp_path / "blank") == 2
+    one_line_error(capsys, "empty")
+    (texts / "binary.txt").write_bytes(b"abc\xff\xfe")
+    assert build(texts) == 2
+    one_line_error(capsys, "binary.txt", "not UTF-8", "byte 3")
+    (texts / "binary.txt").unlink()
+    assert build(texts, "--vocab-size", "5000") == 2
+    one_line_error(capsys, "--vocab-size 5000")
+    assert build(texts, "--vocab-size", "20") == 2
+    one_line_error(capsys, "--vocab-size 20")
+    assert build(texts, "--vocab-size", "65537") == 2
+    one_line_error(capsys, "--vocab-size 65537", "65536")
+    assert build(texts, "--val-tokens", "100000") == 2
+    one_line_error(capsys, "--val-tokens")
+    assert build(texts / "text_1.txt") == 2
+    one_line_error(capsys, "one file is one document")
+    (root / "manifest.json").write_text("[]")
+    assert build(texts) == 2
+    one_line_error(capsys, "manifest.json")
+    (root / "manifest.json").write_bytes(before["manifest.json"])
+    assert snapshot(root) == before
+
+
+def test_unreadable_file(root, tmp_path, capsys, monkeypatch):
+    def refuse(self, **_):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    texts = write_texts(tmp_path / "texts")
+    monkeypatch.setattr(Path, "read_text", refuse)  # taking the permission away would not stop the superuser
+    assert build(texts) == 2
+    one_line_error(capsys, ".txt", "cannot be read (Permission denied)")
+
+
+def test_a_data_set_of_another_origin_is_never_replaced(root, tmp_path, capsys):
+    precious = root / "datasets/fineweb10B_sp300/fineweb_train_000000.bin"
+    precious.parent.mkdir(parents=True)
+    precious.write_bytes(b"16 GB of it")
+    assert build(write_texts(tmp_path / "texts"), "--name", "fineweb10B") == 2
+    one_line_error(capsys, "fineweb10B_sp300", "another name")
+    assert precious.read_bytes() == b"16 GB of it"
+
+
+@pytest.mark.parametrize(
+    "argument", [("--vocab-size", "0"), ("--val-tokens", "x"), ("--shard-tokens", "-1"), ("surplus",)]
+)
+def test_command_line_errors(root, argument, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        prepare.main(list(argument))
+    assert argument[0] in capsys.readouterr().err
+
+
+STEPS = ["Path.rename", "os.replace", "Path.write_text", "Path.write_bytes", "Path.mkdir"]
+
+
+def test_an_interrupted_rebuild_never_mixes_old_and_new(root, tmp_path, monkeypatch, capsys):
+    """Stop a rebuild with other text at each of its file operations: what is there is whole and of one build."""
+    old, new = write_texts(tmp_path / "old"), write_texts(tmp_path / "new", count=20)
+    assert build(old) == 0
+    states = {"old": snapshot(root)}
+    assert build(new) == 0
+    states["new"] = snapshot(root)
+    assert states["old"]["tokenizers/mytext_300_bpe.model"] != states["new"]["tokenizers/mytext_300_bpe.model"]
+    seen = set()
+    for stop_at in range(1, 100):
+        assert build(old) == 0
+        with monkeypatch.context() as patch:
+            done = iter(range(1, 1000))
+
+            def interrupt(real, done=done, stop_at=stop_at):
+                def operation(*args, **kwargs):
+                    if next(done) == stop_at:
+                        raise KeyboardInterrupt
+                    return real(*args, **kwargs)
+
+                return operation
+
+            for step in STEPS:
+                owner, name = step.split(".")
+                owner = {"Path": Path, "os": prepare.os}[owner]
+                patch.setattr(owner, name, interrupt(getattr(owner, name)))
+            code = build(new)
+        found = snapshot(root)
+        shards = {name: data for name, data in found.items() if name.startswith("datasets/")}
+        assert not any(name.startswith(".prepare") for name in found)
+        if shards:
+            state = next(key for key, files in states.items() if shards.items() <= files.items())
+            assert found == states[state]
+            seen.add(state)
+        else:
+            seen.add("none")
+        if code == 0:
+            break
+        assert code == 130
+        assert "interrupted" in capsys.readouterr().err
+    assert seen == {"old", "none", "new"}
+    assert stop_at > 5
+    assert build(new) == 0
+    assert snapshot(root) == states["new"]
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory) -> Path:
+    """The data folder after the tool ran as the README starts it, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("clone")
+    (folder / "data").mkdir()
+    shutil.copy(REPO / "data/prepare.py", folder / "data/prepare.py")
+    done = subprocess.run([sys.executable, "data/prepare.py"], cwd=folder, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    settings = "DATA_PATH=data/datasets/sample_sp1024 TOKENIZER_PATH=data/tokenizers/sample_1024_bpe.model"
+    assert done.stdout.splitlines()[-1].strip() == f"{settings} VOCAB_SIZE=1024 python train_gpt_mlx.py"
+    return folder / "data"
+
+
+@pytest.mark.slow
+class TestSample:
+    """A data set from the standard library's source."""
+
+    def test_sizes(self, sample):
+        names = {path.relative_to(sample).as_posix() for path in sample.rglob("*") if path.is_file()}
+        assert names == {"prepare.py", "manifest.json", "tokenizers/sample_1024_bpe.model",
+                         "datasets/sample_sp1024/fineweb_train_000000.bin",
+                         "datasets/sample_sp1024/fineweb_val_000000.bin"}  # fmt: skip
+        train, val = tokens_of(sample, "train", "sample_sp1024"), tokens_of(sample, "val", "sample_sp1024")
+        assert 2e6 < len(train) < 8e6
+        assert 5e4 < len(val) < 2e5
+        assert max(train.max(), val.max()) < 1024
+
+    def test_manifest_records_the_interpreter(self, sample):
+        (entry,) = json.loads((sample / "manifest.json").read_text())["datasets"]
+        assert sys.version.split()[0] in entry["source"]
+        assert entry["stats"]["files_train"] == 1
+        pair = str(sample / "datasets/sample_sp1024"), str(sample / "tokenizers/sample_1024_bpe.model")
+        assert tg.validate_dataset_tokenizer_pair(*pair) == ("sample_sp1024", 1, 1)
+
+    def test_text_is_the_standard_library_without_tests_and_packages(self):
+        files = prepare.standard_library_files()
+        assert {"os.py", "json/decoder.py", "collections/__init__.py"} <= files.keys()
+        assert not [name for name in files if {"test", "tests", "idle_test", "site-packages"} & set(name.split("/"))]
+
+    def test_killed_rebuild_leaves_whole_files_and_the_next_one_cleans_up(self, sample):
+        before = snapshot(sample)
+        staging = sample / ".prepare_sample_sp1024"
+        process = subprocess.Popen([sys.executable, "data/prepare.py"], cwd=sample.parent, stdout=subprocess.DEVNULL)
+        while not staging.exists() and process.poll() is None:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        found = snapshot(sample)
+        shards = [name for name in found if name.startswith("datasets/")]
+        assert all(found[name] == before[name] for name in found if not name.startswith(".prepare"))
+        assert len(shards) in (0, 2)
+        subprocess.run([sys.executable, "data/prepare.py"], cwd=sample.parent, check=True, stdout=subprocess.DEVNULL)
+        assert snapshot(sample) == before
