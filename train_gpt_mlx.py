@@ -4,8 +4,8 @@
 # dependencies = [
 #   "mlx>=0.26.5; sys_platform == 'darwin'",
 #   "mlx[cpu]>=0.26.5; sys_platform == 'linux'",
-#   "numpy>=1.26",
-#   "sentencepiece>=0.2",
+#   "numpy>=1.21.6",
+#   "sentencepiece>=0.1.99",
 # ]
 # ///
 """Parameter Golf on Apple Silicon: train a small GPT, compress it, score what is left in bits per byte.
