@@ -41,8 +41,16 @@ class Outcome:
     def lines(self, pattern: str) -> list[str]:
         return [line for line in self.out if re.search(pattern, line)]
 
-    def losses(self) -> list[str]:
-        return [re.search(r"train_loss:(\S+)", line)[1] for line in self.lines("train_loss")]
+    def losses(self) -> list[float]:
+        return [float(re.search(r"train_loss:(\S+)", line)[1]) for line in self.lines("train_loss")]
+
+    def score(self) -> float:
+        return float(re.search(r"val_loss:(\S+)", self.lines("^final_int8_zlib_roundtrip_exact")[0])[1])
+
+    def same_as(self, other: Outcome) -> bool:
+        """Whether both runs computed the same: to the last digit on a CPU; a GPU adds up in no fixed order."""
+        figures, others = [*self.losses(), self.score()], [*other.losses(), other.score()]
+        return figures == others if ON_CPU else figures == pytest.approx(others, rel=1e-3)
 
 
 @pytest.fixture(scope="session")
@@ -125,9 +133,8 @@ def test_every_log_line_in_its_order_and_every_file(run, data):
     assert sys.version.split()[0] in versions
     assert mx.__version__ in versions
     assert rest.splitlines() == done.out[1:]  # the console has the log's path instead of its head
-    losses = [float(loss) for loss in done.losses()]
-    assert losses[0] > 5.5  # log(320) = 5.77
-    assert losses[-1] < losses[0] - 0.5
+    assert done.losses()[0] > 5.5  # log(320) = 5.77
+    assert done.losses()[-1] < done.losses()[0] - 0.5
 
 
 def test_files_hold_what_the_log_says(run, data, tokenizer):
@@ -162,8 +169,8 @@ def test_files_hold_what_the_log_says(run, data, tokenizer):
 
 def test_one_seed_gives_one_run_and_another_seed_another(run):
     first, again, other = run(seed=3), run(seed=3), run(seed=4)
-    assert first.losses() == again.losses()
-    assert first.out[-1] == again.out[-1]
+    assert len(first.losses()) == 4
+    assert first.same_as(again)
     assert first.losses() != other.losses()
 
 
@@ -190,7 +197,7 @@ def test_no_iterations_scores_the_untrained_model(run):
     assert done.code == 0
     assert done.losses() == []
     assert done.lines(rf"^step:0/0 val_loss:5\.7\d+ val_bpb:{NUMBER} train_time:0ms step_avg:0\.00ms$")
-    assert done.lines("^final_int8_zlib_roundtrip_exact val_loss:5.7")
+    assert 5.7 < done.score() < 5.9
     assert not done.lines("stopping_early")
 
 
@@ -226,8 +233,8 @@ def test_last_step_is_validated_once(run):
 
 def test_warmup_changes_nothing_and_logs_every_tenth_of_many(run):
     without, some, many = run(warmup_steps=0), run(warmup_steps=3), run(warmup_steps=21)
-    assert without.losses() == some.losses() == many.losses()
-    assert without.out[-1] == some.out[-1] == many.out[-1]
+    assert without.same_as(some)
+    assert without.same_as(many)
     assert without.lines("warmup_step:") == []
     assert some.lines("warmup_step:") == [f"warmup_step:{i}/3" for i in (1, 2, 3)]
     assert many.lines("warmup_step:") == [f"warmup_step:{i}/21" for i in (10, 20, 21)]
@@ -262,11 +269,10 @@ def test_settings_reach_the_training(run):
                     {"warmdown_iters": 8, "max_wallclock_seconds": 0},
                     {"muon_momentum_warmup_start": 0.0}):  # fmt: skip
         changed = run(**changes)
-        assert changed.losses()[0] == plain.losses()[0]  # of the untrained model
+        assert changed.losses()[0] == pytest.approx(plain.losses()[0], abs=2e-4)  # of the untrained model
         assert changed.losses()[-1] != plain.losses()[-1], changes
     for changes in ({"logit_chunk_tokens": 10}, {"mlx_eager_eval": 0}):
-        assert [float(loss) for loss in run(**changes).losses()] == pytest.approx(
-            [float(loss) for loss in plain.losses()], abs=2e-4)  # fmt: skip
+        assert run(**changes).losses() == pytest.approx(plain.losses(), abs=2e-4)
 
 
 def test_bfloat16_run(run):
@@ -277,7 +283,7 @@ def test_bfloat16_run(run):
     (dtypes,) = done.lines("^dtypes ")
     assert [field.split(".")[-1] for field in dtypes.split()[1:]] == ["bfloat16", "float32", "float32"]
     exact = run(iterations=3)
-    assert [float(a) for a in done.losses()] == pytest.approx([float(b) for b in exact.losses()], rel=2e-2)
+    assert done.losses() == pytest.approx(exact.losses(), rel=2e-2)
 
 
 def test_manifest_counts_are_logged(run, data):
