@@ -119,6 +119,10 @@ def test_eager_mode_materialises_every_chunk(tmp_path, monkeypatch):
                         mlx_eager_eval=eager)  # fmt: skip
         tg.loss_and_grad_chunked(args, tg.TokenLoader(str(tmp_path / "s.bin")), RecordingLoss())
         assert len(count) == calls
+        count.clear()
+        args.train_batch_tokens, args.grad_accum_steps = 48, 2
+        tg.loss_and_grad_step(args, tg.TokenLoader(str(tmp_path / "s.bin")), RecordingLoss())
+        assert len(count) == (2 * (calls + 1) if eager else 0)  # after each chunk and each microbatch
 
 
 def test_microbatch_without_room_for_a_sequence(tmp_path):

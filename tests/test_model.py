@@ -240,6 +240,10 @@ def test_compute_dtype_assigned_later_wins(monkeypatch):
     ids = mx.array(np.arange(8)[None])
     monkeypatch.setattr(tg, "COMPUTE_DTYPE", mx.bfloat16)
     assert model(ids).dtype == mx.bfloat16
+    softcap, seen = model.softcap, []
+    model.softcap = lambda logits: seen.append(logits.dtype) or softcap(logits)
+    assert model.loss(ids, ids).dtype == mx.float32
+    assert seen == [mx.bfloat16]  # though the embedding is still float32
 
 
 def test_bfloat16_forward_stays_near_float32(monkeypatch):

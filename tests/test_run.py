@@ -294,6 +294,13 @@ def test_manifest_counts_are_logged(run, data):
                                    "new epochs will arrive sooner than the full dataset")):  # fmt: skip
             manifest.write_text(f'{{"datasets": [{{"name": "tiny", "stats": {{"files_train": {expected}}}}}]}}')
             assert line in run(iterations=0).out
+        manifest.write_text('{"datasets": [{"name": "tiny", "stats": {"files_train": 1}}]}')
+        done = run()
+        assert (done.code, done.err.count("\n")) == (2, 1)
+        assert "2 training shards" in done.err
+        manifest.write_text('{"datasets": [{"name": "tiny", "tokenizer_name": "t"}], '
+                            '"tokenizers": [{"name": "t", "path": "other.model"}]}')
+        assert "made with other.model" in run().err
     finally:
         manifest.unlink()
 
@@ -308,6 +315,7 @@ def test_manifest_counts_are_logged(run, data):
         ({"tokenizer_path": "tiny.vocab"}, "TOKENIZER_PATH=tiny.vocab.*\\.model"),
         ({"tokenizer_path": "none.model"}, "TOKENIZER_PATH=none.model.*`python data/prepare.py`"),
         ({"vocab_size": 1024}, "VOCAB_SIZE=1024.*320"),
+        ({"vocab_size": 300}, "VOCAB_SIZE=300.*320"),
         ({"train_seq_len": 4096}, "TRAIN_SEQ_LEN=4096"),
         ({"model_dim": 15}, "MODEL_DIM=15"),
     ],
@@ -322,9 +330,10 @@ def test_what_the_user_can_mend_is_told_in_one_line(run, changes, message):
 
 
 def test_command_line(run):
-    help_text = run("--help")
-    assert (help_text.code, help_text.err) == (0, "")
-    assert "\n".join(help_text.out) == tg.help_text()
+    for argument in ("--help", "-h"):
+        done = run(argument)
+        assert (done.code, done.err) == (0, "")
+        assert "\n".join(done.out) == tg.help_text()
     for argument in ("--iterations", "x", "ITERATIONS=5"):
         done = run(argument)
         assert done.code == 2

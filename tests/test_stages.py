@@ -1,0 +1,201 @@
+"""The stages of a run, called one by one: what they hand to each other, what they log, and by which clock."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zlib
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+import train_gpt_mlx as tg
+from helpers import build_model, learnable_tokens, settings, stir, write_shard
+
+
+@pytest.fixture
+def stages(tmp_path, tokenizer):
+    """Make a Run with a tiny model, uncompiled, over 64 tokens' vocabulary; its log is a list."""
+
+    def make(**changes) -> tg.Run:
+        write_shard(tmp_path / "set/fineweb_train_000000.bin", learnable_tokens(2000, 64, 7))
+        args = settings(data_path=str(tmp_path / "set"), out_dir=str(tmp_path), run_id="r", **changes)
+        mx.random.seed(args.seed)
+        model = build_model(args)
+        tables = tg.build_sentencepiece_luts(tokenizer, 320)
+        inputs = tg.Inputs("set", 1, None, learnable_tokens(8 * 11 + 1, 64, 9).astype(np.int32), tables)
+        lines: list[str] = []
+        loader, optimizers = tg.TokenLoader(args.train_files), tg.SplitOptimizers(model, args)
+        loss_and_grad = nn.value_and_grad(model, model.loss)
+        return tg.Run(args, inputs, lines.append, model, loader, optimizers, model.loss, loss_and_grad)
+
+    return make
+
+
+def lines(run: tg.Run) -> list[str]:
+    return run.log.__self__
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Let each training step take the given milliseconds, by the clock that the script reads."""
+
+    def set_to(durations: list[float]) -> None:
+        ticks = iter(np.cumsum([0.0] + [d for ms in durations for d in (ms / 1000, 5.0)]))  # 5 s pass between steps
+        monkeypatch.setattr(tg.time, "perf_counter", lambda: next(ticks))
+
+    return set_to
+
+
+def test_training_figures_by_a_known_clock(stages, clock):
+    run = stages(iterations=3, train_batch_tokens=64)
+    clock([100, 200, 600])
+    tg.train(run)
+    figures = [line.split("train_loss:")[1].split(" ", 1)[1] for line in lines(run) if "train_loss" in line]
+    assert figures == [
+        "train_time:100ms step_avg:100.00ms tok_s:640",
+        "train_time:300ms step_avg:150.00ms tok_s:320",
+        "train_time:900ms step_avg:300.00ms tok_s:107",
+    ]
+    assert re.search(r"^step:3/3 val_loss:\S+ val_bpb:\S+ train_time:900ms step_avg:300.00ms$", lines(run)[-1])
+
+
+def test_schedule_and_optimizer_get_step_and_elapsed_time(stages, clock, monkeypatch):
+    run = stages(iterations=4)
+    asked, stepped = [], []
+    run.args.lr_mul = lambda step, elapsed_ms: asked.append((step, round(elapsed_ms))) or 0.5 ** (step + 1)
+    real = run.optimizers.step
+    run.optimizers.step = lambda *a: stepped.append(a[2:]) or real(*a)
+    clock([100, 200, 300, 400])
+    tg.train(run)
+    assert asked == [(0, 0), (1, 100), (2, 300), (3, 600)]
+    assert stepped == [(0, 0.5), (1, 0.25), (2, 0.125), (3, 0.0625)]
+
+
+@pytest.mark.parametrize(("cap", "steps"), [(0.3, 2), (0.301, 3), (0.0, 4), (-1.0, 4), (9.0, 4)])
+def test_cap_is_reached_to_the_millisecond(stages, clock, cap, steps):
+    run = stages(iterations=4, max_wallclock_seconds=cap)
+    clock([100, 200, 300, 400])
+    tg.train(run)
+    assert len([line for line in lines(run) if "train_loss" in line]) == steps
+    total = sum([100, 200, 300, 400][:steps])
+    last = f"stopping_early: wallclock_cap train_time:{total}ms step:{steps}/4"
+    assert lines(run)[-1] == last if steps < 4 else "stopping_early" not in "".join(lines(run))
+
+
+def test_clock_stops_when_the_new_parameters_are_computed(stages, monkeypatch):
+    run = stages(iterations=1)
+    events, real_eval, real_clock = [], mx.eval, tg.time.perf_counter
+    monkeypatch.setattr(mx, "eval", lambda *a: events.append(len(tree_flatten(list(a)))) or real_eval(*a))
+    monkeypatch.setattr(tg.time, "perf_counter", lambda: events.append("clock") or real_clock())
+    tg.train(run)
+    stop = events.index("clock", events.index("clock") + 1)
+    assert events[stop - 1] == 1 + len(tree_flatten(run.model.parameters()))  # the loss and all of them
+
+
+@pytest.mark.parametrize(
+    ("changes", "elapsed_ms", "line"),
+    [
+        # 100 ms a step: 100 steps would fit under the cap, but only 50 are asked for.
+        (dict(max_wallclock_seconds=10.0, iterations=50, warmdown_iters=1000), 300.0,
+         "warmdown:whole_run lr_mul:0.0970 steps_that_fit:50 warmdown_iters:1000 "
+         "(the rate falls from the first step on; WARMDOWN_ITERS=100 would start at the full rate)"),
+        (dict(max_wallclock_seconds=10.0, iterations=500, warmdown_iters=101), 300.0, "steps_that_fit:100 "),
+        (dict(max_wallclock_seconds=10.0, iterations=500, warmdown_iters=100), 300.0, None),
+        (dict(max_wallclock_seconds=0.0, iterations=50, warmdown_iters=51), 300.0, "lr_mul:0.9216 steps_that_fit:50 "),
+        (dict(max_wallclock_seconds=0.0, iterations=50, warmdown_iters=50), 300.0, None),
+    ],
+)  # fmt: skip
+def test_warmdown_line(stages, changes, elapsed_ms, line):
+    run = stages(**changes)
+    tg.log_warmdown(run, 3, elapsed_ms)
+    assert len(lines(run)) == (line is not None)
+    assert line is None or line in lines(run)[0]
+
+
+def test_warmup_uses_every_shape_and_leaves_no_trace(stages):
+    run = stages(warmup_steps=2, train_batch_tokens=80, mlx_max_microbatch_tokens=24)
+    trained, validated = [], []
+    grad, loss = run.compiled_loss_and_grad, run.compiled_loss
+    run.compiled_loss_and_grad = lambda x, y: trained.append(x.shape) or grad(x, y)
+    run.compiled_loss = lambda x, y: validated.append(x.shape) or loss(x, y)
+    before = dict(tree_flatten(run.model.parameters()))
+    state, moments = mx.random.state[0].tolist(), dict(run.optimizers.muon.buffers)
+    tg.warm_up(run)
+    assert trained == [(3, 8), (2, 8)] * 4
+    assert validated == [(4, 8), (3, 8)]  # of 11 sequences: batches of 4, 4 and 3
+    assert mx.random.state[0].tolist() == state
+    after = dict(tree_flatten(run.model.parameters()))
+    assert all(mx.array_equal(before[name], after[name]) for name in before)
+    assert all(run.optimizers.muon.buffers[name] is moments[name] for name in moments)
+    assert run.optimizers.adam_scalar.step.item() == 0
+    assert (run.loader.stream.pos, run.loader.stream.epoch) == (0, 1)
+
+
+@pytest.mark.parametrize(("steps", "logged"), [(20, list(range(1, 21))), (21, [10, 20, 21]), (0, [])])
+def test_warmup_lines(stages, monkeypatch, steps, logged):
+    run = stages(warmup_steps=steps)
+    monkeypatch.setattr(tg, "loss_and_grad_step", lambda args, loader, f: (mx.array(0.0), run.model.parameters()))
+    tg.warm_up(run)
+    assert lines(run) == [f"warmup_step:{i}/{steps}" for i in logged]
+
+
+def test_configuration_names_each_setting_by_its_own_value(stages):
+    run = stages(matrix_lr=0.031, scalar_lr=0.021, tied_embed_lr=0.051, muon_momentum=0.91, muon_backend_steps=4,
+                 warmup_steps=6, val_batch_size=72, iterations=5, max_wallclock_seconds=12.5)  # fmt: skip
+    tg.log_configuration(run)
+    text = "\n".join(lines(run))
+    assert ("optimizer:muon+adam muon_matrix_params:18 scalar_params:13 embed_lr:0.051 matrix_lr:0.031 scalar_lr:0.021 "
+            "muon_momentum:0.91 muon_steps:4") in text  # fmt: skip
+    assert "vocab_size:64 layers:3 dim:16 heads:4 kv_heads:2 seq_len:8 tie_embeddings:True" in text
+    assert ("iterations:5 train_batch_tokens:64 grad_accum_steps:2 microbatch_tokens:32 microbatch_batch_size:4 "
+            "val_batch_size:72 warmup_steps:6 max_wallclock_seconds:12.500") in text  # fmt: skip
+
+
+def test_artifact_is_deflated_at_level_9_and_held_against_the_cap(stages, monkeypatch):
+    run = stages()
+    path = tg.save(run)
+    data = path.read_bytes()
+    obj, _ = tg.quantize_state_dict_int8(dict(tree_flatten(run.model.state)))
+    raw = pickle.dumps(obj, protocol=pickle.HIGHEST_PROTOCOL)
+    assert data == zlib.compress(raw, 9)
+    total = len(data) + tg.CODE_PATH.stat().st_size
+    for cap, verdict in ((total, "under"), (total - 1, "OVER")):
+        monkeypatch.setattr(tg, "SUBMISSION_CAP_BYTES", cap)
+        tg.save(run)
+        assert lines(run)[-1] == f"Total submission size int8+zlib: {total} bytes ({verdict} the cap of {cap} bytes)"
+
+
+def test_score_is_that_of_the_file_not_of_the_model_in_memory(stages):
+    run = stages()
+    stir(run.model, seed=1)
+    path = tg.save(run)
+    expected, _ = tg.validate(run)
+    stir(run.model, seed=2)
+    other, _ = tg.validate(run)
+    tg.score(run, path)
+    found = float(re.search(r"roundtrip_exact val_loss:(\S+)", lines(run)[-1])[1])
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert abs(found - other) > 0.05
+
+
+def test_log_is_on_disk_at_once_and_folders_are_made(tmp_path, capsys):
+    args = settings(out_dir=str(tmp_path / "a/b"), run_id="x")
+    log = tg.open_log(args)
+    log("a line")
+    assert (tmp_path / "a/b/x.txt").read_text(encoding="utf-8").endswith("=" * 100 + "\na line\n")
+    assert capsys.readouterr().out == f"{tmp_path}/a/b/x.txt\na line\n"
+
+
+def test_moving_aside_takes_a_number_that_is_free_for_all(tmp_path):
+    args = settings(out_dir=str(tmp_path), run_id="x")
+    for name in ("x.txt", "x.txt.1", "x_mlx_model.npz.2", "x_mlx_model.int8.ptz"):
+        (tmp_path / name).write_text(name)
+    tg.open_log(args)
+    assert (tmp_path / "x.txt.3").read_text() == "x.txt"
+    assert (tmp_path / "x_mlx_model.int8.ptz.3").read_text() == "x_mlx_model.int8.ptz"
+    assert (tmp_path / "x.txt.1").read_text() == "x.txt.1"
+    assert not (tmp_path / "x_mlx_model.npz.3").exists()
