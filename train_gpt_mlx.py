@@ -823,6 +823,8 @@ def read_inputs(args: Hyperparameters) -> Inputs:
         setting.read()
     if not args.tie_embeddings:
         raise NotImplementedError("TIE_EMBEDDINGS=0: only tied embeddings are implemented")
+    token_chunks(args.microbatch_tokens, args.train_seq_len, args.mlx_max_microbatch_tokens)
+    val_batch_seqs(args)
     find_shards(args.train_files)
     val_tokens = load_validation_tokens(args.val_files, args.train_seq_len)
     path = args.tokenizer_path

@@ -95,6 +95,8 @@ def test_a_subclass_may_add_attributes_and_replace_settings(monkeypatch):
     mine = Mine()
     assert (mine.num_layers, mine.my_rate, mine.my_setting, mine.model_dim) == (11, 0.5, 4, 512)
     assert tg.Hyperparameters().num_layers == 2
+    assert list(tg.settings_of(Mine))[0] == "data_path"
+    assert list(tg.settings_of(Mine))[-1] == "my_setting"
 
 
 @pytest.mark.parametrize("row", RECORDED["lr_mul"], ids=str)
@@ -118,6 +120,7 @@ def test_help_lists_every_setting_with_its_default_and_meaning():
         found = [line for line in lines if line.startswith(f"  {name}={default} ")]
         assert len(found) == 1, name
         assert len(found[0].split(f"{name}={default}")[1].strip()) > 8, f"{name} has no meaning"
+    assert [line for line in lines if line.endswith("(or TRAIN_MAX_SEQ_LEN)")][0].startswith("  TRAIN_SEQ_LEN=1024 ")
     assert [line for line in lines if line and not line.startswith(" ")][2:] == [
         "data", "loop", "memory", "model", "optimizer", "platform", "name lists"]  # fmt: skip
 

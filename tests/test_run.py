@@ -317,6 +317,8 @@ def test_manifest_counts_are_logged(run, data):
         ({"vocab_size": 1024}, "VOCAB_SIZE=1024.*320"),
         ({"vocab_size": 300}, "VOCAB_SIZE=300.*320"),
         ({"train_seq_len": 4096}, "TRAIN_SEQ_LEN=4096"),
+        ({"train_batch_tokens": 30}, "microbatch of 15 tokens.*sequence of 16"),
+        ({"val_batch_size": 30}, "VAL_BATCH_SIZE=30"),
         ({"model_dim": 15}, "MODEL_DIM=15"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

@@ -193,6 +193,13 @@ class TestManifest:
         self.manifest(dataset, entry={"stats": {}})
         assert self.check(dataset) == ("set_a", 3, None)
 
+    def test_data_path_may_be_relative_or_a_link(self, dataset, tmp_path, monkeypatch):
+        self.manifest(dataset)
+        monkeypatch.chdir(dataset)
+        assert tg.validate_dataset_tokenizer_pair(".", "right.model") == ("set_a", 3, 5)
+        (tmp_path / "link").symlink_to(dataset)
+        assert self.check(tmp_path / "link") == ("set_a", 3, 5)
+
     def test_more_shards_than_expected(self, dataset):
         self.manifest(dataset, entry={"stats": {"files_train": 2}})
         with pytest.raises(ValueError, match="3 training shards"):
