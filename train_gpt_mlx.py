@@ -24,12 +24,9 @@ variable (`--help` lists them), and the file reads in the order in which the dat
     8. Compression            GPT -> int8 arrays -> GPT
     9. The run                all of it: set up, warm up, train, save, score
 
-Words used throughout: a *batch* is the tokens of one optimizer step, split into GRAD_ACCUM_STEPS
-*microbatches*, each computed in *chunks* of at most MLX_MAX_MICROBATCH_TOKENS tokens, the most that is in
-memory at once. Shapes are written (batch, seq, dim).
+A *batch*, the tokens of one optimizer step, is split into GRAD_ACCUM_STEPS *microbatches*, each computed in
+*chunks* of at most MLX_MAX_MICROBATCH_TOKENS tokens, the most in memory at once. Shapes read (batch, seq, dim).
 """
-
-from __future__ import annotations
 
 import contextlib
 import ctypes
@@ -43,7 +40,7 @@ import sys
 import time
 import uuid
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +75,7 @@ class MissingFileError(InputError, FileNotFoundError):
 @dataclass
 class Setting:
     """One environment variable, named after the class attribute it is assigned to, in upper case.
-    `Hyperparameters.iterations` reads the environment there and then; an instance keeps what it read when made."""
+    `Hyperparameters.iterations` reads the environment there and then; an instance keeps what it first read."""
     group: str
     default: Any  # of the setting's type; a bool is written 0 or 1; a callable makes the value
     meaning: str
@@ -90,7 +87,7 @@ class Setting:
         self.variable = name.upper()
 
     def __get__(self, instance: object, owner: type) -> Any:
-        return self.read()
+        return self.read() if instance is None else vars(instance).setdefault(self.variable.lower(), self.read())
 
     def read(self) -> Any:
         """The value from the environment, or the default. Raises InputError for text that is no such value."""
@@ -167,8 +164,7 @@ class Hyperparameters:
     grad_clip_norm = Setting("optimizer", 0.0, "scale gradients down to this global norm; 0: off")
 
     def __init__(self) -> None:
-        for name, setting in settings_of(type(self)).items():
-            setattr(self, name, setting.read())
+        vars(self).update({name: setting.read() for name, setting in settings_of(type(self)).items()})
 
     @property
     def train_files(self) -> str:
@@ -188,7 +184,7 @@ class Hyperparameters:
     def lr_mul(self, step: int, elapsed_ms: float) -> float:
         """Learning-rate multiplier after `step` steps and elapsed_ms of training: 1, then linearly down to 0.
         With a wallclock cap the warmdown is WARMDOWN_ITERS steps, of the average length so far, before the cap.
-        So where fewer steps than that fit, the rate is scaled down from the first step on."""
+        So where fewer steps than that fit, every step after the first is scaled down."""
         if self.warmdown_iters <= 0:
             return 1.0
         if self.max_wallclock_seconds <= 0:
@@ -210,9 +206,8 @@ class ModuleSettings:
         "attn_scale,attn_scales,mlp_scale,mlp_scales,resid_mix,resid_mixes,q_gain,skip_weight,skip_weights",
         "block parameters that Adam trains, not Muon: those with one of these in their name")
     int8_keep_float_fp32_name_patterns = Setting(
-        "name lists", lambda: ModuleSettings.control_tensor_name_patterns,
-        "small tensors saved in float32, not float16: those with one of these in their name",
-        shown="<CONTROL_TENSOR_NAME_PATTERNS>")
+        "name lists", lambda: ModuleSettings.control_tensor_name_patterns, shown="<CONTROL_TENSOR_NAME_PATTERNS>",
+        meaning="small tensors saved in float32, not float16: those with one of these in their name")
 
 MX_DTYPE_FROM_NAME = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 # auto: a GPU is fastest in bfloat16; on a CPU, MLX multiplies bfloat16 matrices in a slow loop of its own and float32
@@ -220,15 +215,14 @@ MX_DTYPE_FROM_NAME = {"float32": mx.float32, "float16": mx.float16, "bfloat16": 
 COMPUTE_DTYPE = mx.bfloat16 if mx.default_device() == mx.Device(mx.gpu) else mx.float32
 if os.environ.get("COMPUTE_DTYPE") in ("bfloat16", "float32"):
     COMPUTE_DTYPE = MX_DTYPE_FROM_NAME[os.environ["COMPUTE_DTYPE"]]
-# Empty parts of a list are dropped, for "" is in every name.
+# An empty part of a list is dropped, for "" is in every name.
 CONTROL_TENSOR_NAME_PATTERNS = tuple(filter(None, ModuleSettings.control_tensor_name_patterns.split(",")))
 INT8_KEEP_FLOAT_FP32_NAME_PATTERNS = tuple(filter(None, ModuleSettings.int8_keep_float_fp32_name_patterns.split(",")))
 
 def help_text() -> str:
     """What --help prints: every setting, grouped, from the declarations above."""
-    text = "Train a small GPT, compress it to int8 + zlib and score it in bits per byte.\n\n"
+    group, text = "", "Train a small GPT, compress it to int8 + zlib and score it in bits per byte.\n\n"
     text += "Settings are environment variables:  ITERATIONS=100 SEED=7 python train_gpt_mlx.py\n"
-    group = None
     for setting in [*settings_of(Hyperparameters).values(), *settings_of(ModuleSettings).values()]:
         text += f"\n{setting.group}\n" if setting.group != group else ""
         group = setting.group
@@ -239,8 +233,7 @@ def help_text() -> str:
 
 
 # 2. Shards and streams ----------------------------------------------------------------------------------------
-# In: files of uint16 tokens. Out: an endless stream of tokens, cut into (x, y) pairs in which y is x moved on
-# by one token. Tokens stay in NumPy until a batch is made of them.
+# In: files of uint16 tokens. Out: an endless stream of (x, y) pairs in which y is x moved on by one token.
 
 LogFn = Callable[[str], None]
 SHARD_MAGIC, SHARD_VERSION = 20240520, 1
@@ -330,7 +323,7 @@ def validate_dataset_tokenizer_pair(data_path: str, tokenizer_path: str) -> tupl
     """Check the data set against the manifest.json two folders above it, where there is one that lists it.
     Returns (name of the data set, training shards present, training shards expected or None). Raises InputError
     when it was made with a tokenizer of another file name, or has more shards than the manifest counts."""
-    dataset_dir = Path(data_path).resolve()
+    dataset_dir = Path(os.path.abspath(data_path))
     name, present = dataset_dir.name, len(list(dataset_dir.glob("fineweb_train_*.bin")))
     manifest_path = dataset_dir.parent.parent / "manifest.json"
     if not manifest_path.is_file():
@@ -377,9 +370,8 @@ def build_sentencepiece_luts(sp: spm.SentencePieceProcessor, vocab_size: int) ->
 
 
 # 4. Model -----------------------------------------------------------------------------------------------------
-# In: token ids (batch, seq). Out: hidden states (batch, seq, dim), and from them the loss in nats. A GPT whose
-# first half of blocks hands its outputs to the second half over skip connections, as in a U-Net. Weights are
-# float32 and are cast to the dtype of the activations, COMPUTE_DTYPE, where they are used.
+# In: token ids (batch, seq). Out: hidden states (batch, seq, dim), and from them the loss in nats. Activations and
+# the embedding are in COMPUTE_DTYPE; other weights are float32 and are cast to it where they are used.
 
 def rms_norm(x: mx.array, eps: float = 1e-6) -> mx.array:
     """x / sqrt(mean(x^2) + eps) over the last axis, without a weight (arXiv:1910.07467), in x's dtype."""
@@ -470,9 +462,9 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """The language model: calling it gives hidden states, `loss` the training objective.
-    The first num_layers // 2 blocks, the encoder, push their outputs on a stack; each later block first adds the
-    output it pops, times a learned vector (U-Net, arXiv:1505.04597). The embedding also predicts the next token
-    (arXiv:1608.05859). Matrices that write to the residual stream begin at zero, so the untrained model is its
+    The first num_layers // 2 blocks, the encoder, push their outputs on a stack; each later block first adds what it
+    pops, while there is any, times a learned vector (U-Net, arXiv:1505.04597). The embedding also predicts the next
+    token (arXiv:1608.05859). Matrices that write to the residual stream begin at zero, so the untrained model is its
     bare embedding, and its loss is close to log(vocab_size)."""
     def __init__(self, vocab_size: int, num_layers: int, dim: int, num_heads: int, num_kv_heads: int, mlp_mult: int,
                  logit_chunk_tokens: int, logit_softcap: float, rope_base: float, tied_embed_init_std: float,
@@ -606,7 +598,7 @@ class SplitOptimizers:
 
 def clip_grad_tree(grads_tree: dict, max_norm: float) -> dict:
     """Scale all gradients so that their global norm is at most max_norm (not at all if that is 0 or less).
-    Leaves keep their dtypes. The squares are summed in NumPy, because GPUs have no float64."""
+    Leaves keep their dtypes. The squares are summed in NumPy, because MLX has no float64 on GPUs."""
     if max_norm <= 0:
         return grads_tree
     leaves = [np.array(grad.astype(mx.float32)) for _, grad in tree_flatten(grads_tree)]
@@ -627,7 +619,8 @@ def token_chunks(total_tokens: int, seq_len: int, max_chunk_tokens: int) -> list
     Each is whole sequences, at most max_chunk_tokens, but at least one. Raises InputError when there is none."""
     total_seqs, chunk_seqs = total_tokens // seq_len, max(max_chunk_tokens // seq_len, 1)
     if total_seqs <= 0:
-        raise InputError(f"a microbatch of {total_tokens} tokens has no room for a sequence of {seq_len}")
+        raise InputError(f"a microbatch (TRAIN_BATCH_TOKENS / GRAD_ACCUM_STEPS) of {total_tokens} tokens has no room "
+                         f"for a sequence of TRAIN_SEQ_LEN={seq_len}")
     return [min(chunk_seqs, total_seqs - done) * seq_len for done in range(0, total_seqs, chunk_seqs)]
 
 def accumulate_flat_grads(accum: FlatParams | None, grads_tree: dict, scale: float) -> FlatParams:
@@ -637,32 +630,30 @@ def accumulate_flat_grads(accum: FlatParams | None, grads_tree: dict, scale: flo
         accum[key] = accum[key] + grad * scale if key in accum else grad * scale
     return accum
 
+def weighted_mean(parts: Iterable[tuple[float, mx.array, dict]], eager: bool) -> tuple[mx.array, dict]:
+    """Sums of share * loss and share * gradients over (share, loss, gradients), as (scalar, tree)."""
+    loss, accum = mx.array(0.0, dtype=mx.float32), None
+    for share, part_loss, part_grads in parts:
+        loss = loss + part_loss.astype(mx.float32) * share
+        accum = accumulate_flat_grads(accum, part_grads, share)
+        if eager:
+            mx.eval(loss, accum)  # or else the lazy graph keeps every part's activations until the end
+    return loss, tree_unflatten(list(accum.items()))
+
 def loss_and_grad_chunked(args: Hyperparameters, train_loader: TokenLoader,
                           compiled_loss_and_grad: LossAndGrad) -> tuple[mx.array, dict]:
     """Mean loss (scalar, nats) and mean gradients (a tree) of the loader's next microbatch."""
-    chunk_sizes = token_chunks(args.microbatch_tokens, args.train_seq_len, args.mlx_max_microbatch_tokens)
-    loss, accum = mx.array(0.0, dtype=mx.float32), None
-    for chunk_tokens in chunk_sizes:
-        x, y = train_loader.next_batch(chunk_tokens, args.train_seq_len)
-        chunk_loss, chunk_grads = compiled_loss_and_grad(x, y)
-        share = chunk_tokens / sum(chunk_sizes)
-        loss = loss + chunk_loss.astype(mx.float32) * share
-        accum = accumulate_flat_grads(accum, chunk_grads, share)
-        if args.mlx_eager_eval:
-            mx.eval(loss, accum)  # or else the lazy graph keeps every chunk's activations until the end
-    return loss, tree_unflatten(list(accum.items()))
+    sizes = token_chunks(args.microbatch_tokens, args.train_seq_len, args.mlx_max_microbatch_tokens)
+    batches = ((size / sum(sizes), train_loader.next_batch(size, args.train_seq_len)) for size in sizes)
+    return weighted_mean(((share, *compiled_loss_and_grad(x, y)) for share, (x, y) in batches), args.mlx_eager_eval)
 
 def loss_and_grad_step(args: Hyperparameters, train_loader: TokenLoader,
                        compiled_loss_and_grad: LossAndGrad) -> tuple[mx.array, dict]:
     """Mean loss (scalar, nats) and mean, clipped gradients (a tree) of the loader's next whole batch."""
-    loss, accum, share = mx.array(0.0, dtype=mx.float32), None, 1.0 / args.grad_accum_steps
-    for _ in range(args.grad_accum_steps):
-        micro_loss, micro_grads = loss_and_grad_chunked(args, train_loader, compiled_loss_and_grad)
-        loss = loss + micro_loss * share
-        accum = accumulate_flat_grads(accum, micro_grads, share)
-        if args.mlx_eager_eval:
-            mx.eval(loss, accum)
-    return loss, clip_grad_tree(tree_unflatten(list(accum.items())), args.grad_clip_norm)
+    microbatches = ((1.0 / args.grad_accum_steps, *loss_and_grad_chunked(args, train_loader, compiled_loss_and_grad))
+                    for _ in range(args.grad_accum_steps))
+    loss, grads = weighted_mean(microbatches, args.mlx_eager_eval)
+    return loss, clip_grad_tree(grads, args.grad_clip_norm)
 
 
 # 7. Evaluation ------------------------------------------------------------------------------------------------
@@ -703,8 +694,8 @@ def eval_val(args: Hyperparameters, compiled_loss: Loss, val_tokens: np.ndarray,
 
 
 # 8. Compression -----------------------------------------------------------------------------------------------
-# In: the model's state, a flat dict. Out: an object of int8 and float16 NumPy arrays that deflates to a quarter
-# or less, and the way back. The format, int8_clean_per_row_v1, is shared with other implementations.
+# In: the model's state, a flat dict. Out: an object of NumPy arrays, int8 where they are large and float16 or
+# float32 elsewhere, and the way back. The format, int8_clean_per_row_v1, is shared with other implementations.
 
 INT8_KEEP_FLOAT_MAX_NUMEL = 65_536  # tensors of at most so many elements stay floating
 INT8_KEEP_FLOAT_STORE_DTYPE = np.float16
@@ -763,10 +754,8 @@ def quantize_state_dict_int8(flat_state: FlatParams) -> tuple[dict[str, Any], di
                 obj["qmeta"][name] = {"scheme": "per_row", "axis": 0}
     payload = [arr for part in ("quantized", "scales", "passthrough") for arr in obj[part].values()]
     stats = {
-        "param_count": sum(arr.size for arr in flat_state.values()),
-        "num_tensors": len(flat_state),
-        "num_float_tensors": len(obj["quantized"]),
-        "num_nonfloat_tensors": num_nonfloat,
+        "param_count": sum(arr.size for arr in flat_state.values()), "num_tensors": len(flat_state),
+        "num_float_tensors": len(obj["quantized"]), "num_nonfloat_tensors": num_nonfloat,
         "baseline_tensor_bytes": sum(arr.nbytes for arr in flat_state.values()),
         "int8_payload_bytes": sum(arr.nbytes for arr in payload),
     }
@@ -775,12 +764,11 @@ def quantize_state_dict_int8(flat_state: FlatParams) -> tuple[dict[str, Any], di
 
 def dequantize_state_dict_int8(quant_obj: dict[str, Any]) -> FlatParams:
     """The flat state that an object of quantize_state_dict_int8 stands for, in the original dtypes."""
-    state = {}
+    state, original_dtypes = {}, quant_obj.get("passthrough_orig_dtypes", {})
     for name, q in quant_obj["quantized"].items():
         scale = np.asarray(quant_obj["scales"][name], dtype=np.float32)
-        scale = scale.reshape(scale.shape + (1,) * (q.ndim - scale.ndim)) if scale.ndim else scale
+        scale = scale.reshape(scale.shape + (1,) * (q.ndim - scale.ndim))
         state[name] = mx.array(q.astype(np.float32) * scale).astype(MX_DTYPE_FROM_NAME[quant_obj["dtypes"][name]])
-    original_dtypes = quant_obj.get("passthrough_orig_dtypes", {})
     for name, stored in quant_obj["passthrough"].items():
         arr = mx.array(stored)
         state[name] = arr.astype(MX_DTYPE_FROM_NAME[original_dtypes[name]]) if name in original_dtypes else arr
@@ -788,8 +776,8 @@ def dequantize_state_dict_int8(quant_obj: dict[str, Any]) -> FlatParams:
 
 
 # 9. The run ---------------------------------------------------------------------------------------------------
-# In: the settings. Out: a log, the trained weights (.npz), the compressed model (.int8.ptz) and its score. Only
-# this section writes files, and it alone knows all the others.
+# In: the settings. Out: a log, the weights (.npz), the compressed model (.int8.ptz) and its score. Only this section
+# writes files, and it alone knows all the others.
 
 CODE_PATH = Path(__file__)
 NPZ_SUFFIX, ARTIFACT_SUFFIX = "_mlx_model.npz", "_mlx_model.int8.ptz"
@@ -811,7 +799,6 @@ class Run:
     inputs: Inputs
     log: LogFn
     model: GPT
-    loader: TokenLoader
     optimizers: SplitOptimizers
     compiled_loss: Loss
     compiled_loss_and_grad: LossAndGrad
@@ -820,16 +807,17 @@ def read_inputs(args: Hyperparameters) -> Inputs:
     """Check the settings against data and tokenizer, and read what validation needs; nothing is written yet.
     Raises InputError (MissingFileError for a file that is not there), or NotImplementedError for untied embeddings."""
     for setting in settings_of(ModuleSettings).values():
-        setting.read()
+        setting.read()  # importing let a bad value pass
+    path = args.tokenizer_path
     if not args.tie_embeddings:
         raise NotImplementedError("TIE_EMBEDDINGS=0: only tied embeddings are implemented")
+    if not path.endswith(".model"):
+        raise InputError(f"TOKENIZER_PATH={path}: must be a SentencePiece model, a file ending in .model")
+    # These raise here what would otherwise end the run later.
     token_chunks(args.microbatch_tokens, args.train_seq_len, args.mlx_max_microbatch_tokens)
     val_batch_seqs(args)
     find_shards(args.train_files)
     val_tokens = load_validation_tokens(args.val_files, args.train_seq_len)
-    path = args.tokenizer_path
-    if not path.endswith(".model"):
-        raise InputError(f"TOKENIZER_PATH={path}: must be a SentencePiece model, a file ending in .model")
     if not Path(path).is_file():
         raise MissingFileError(f"TOKENIZER_PATH={path}: no such file: {HOW_TO_GET_DATA}")
     tokenizer = spm.SentencePieceProcessor(model_file=path)
@@ -855,30 +843,25 @@ def open_log(args: Hyperparameters) -> LogFn:
         print(line, file=log_file, flush=True)
 
     print(paths[0], flush=True)
-    rule = "=" * 100
-    for text in (CODE_PATH.read_text(encoding="utf-8"), rule, f"Python {sys.version}", f"MLX {mx.__version__}", rule):
-        print(text, file=log_file)
+    versions = f"Python {sys.version}\nMLX {mx.__version__}"
+    print(CODE_PATH.read_text(encoding="utf-8"), "=" * 100, versions, "=" * 100, sep="\n", file=log_file, flush=True)
     for path in taken:
         log(f"moved_aside:{path} to:{path}.{number} (of an earlier run with this RUN_ID)")
     return log
 
 def set_up(args: Hyperparameters, inputs: Inputs, log: LogFn) -> Run:
-    """Seed, then build the model, the loader, the optimizers and the two compiled functions."""
+    """Seed, then build the model, its optimizers and the two compiled functions."""
     mx.random.seed(args.seed)
     model = GPT(
         args.vocab_size, args.num_layers, args.model_dim, args.num_heads, args.num_kv_heads, args.mlp_mult,
         args.logit_chunk_tokens, args.logit_softcap, args.rope_base, args.tied_embed_init_std, args.qk_gain_init)
     # A compiled function takes the arrays it closes over for constants unless it is told that they are inputs.
     captured = {"inputs": model.state, "outputs": model.state}
-    return Run(
-        args, inputs, log, model,
-        loader=TokenLoader(args.train_files, log, inputs.dataset_name),
-        optimizers=SplitOptimizers(model, args),
-        compiled_loss=mx.compile(model.loss, **captured),
-        compiled_loss_and_grad=mx.compile(nn.value_and_grad(model, model.loss), **captured))
+    loss, loss_and_grad = (mx.compile(f, **captured) for f in (model.loss, nn.value_and_grad(model, model.loss)))
+    return Run(args, inputs, log, model, SplitOptimizers(model, args), loss, loss_and_grad)
 
 def cpu_blas() -> str:
-    """The BLAS that MLX's products on the CPU go to: "openblas", "reference", or the library's file name.
+    """The BLAS that MLX's products on the CPU go to: "openblas", "reference", the library's file name or "unknown".
     On Linux MLX is bound to the library in the process's global scope that had the symbol when MLX was loaded,
     else to the one it brings along. So ask the dynamic linker who has it, and whether that came before MLX."""
     if sys.platform != "linux":
@@ -892,10 +875,12 @@ def cpu_blas() -> str:
         symbol, info = getattr(library, "cblas_sgemm", None), (ctypes.c_char_p * 4)()
         return info[0].decode() if symbol and linker.dladdr(symbol, info) else ""
 
-    mlx_at = next(i for i, path in enumerate(loaded) if "libmlx" in path)
+    mlx_path = next((path for path in loaded if "libmlx" in path), None)
+    if mlx_path is None:
+        return "unknown"
     path = provider(linker)
-    if not path or path not in loaded[:mlx_at]:
-        path = provider(ctypes.CDLL(loaded[mlx_at]))
+    if not path or path not in loaded[: loaded.index(mlx_path)]:
+        path = provider(ctypes.CDLL(mlx_path))
     name = Path(path).resolve().name
     return "openblas" if "openblas" in name else "reference" if name.startswith("libblas") else name
 
@@ -911,10 +896,9 @@ def log_configuration(run: Run) -> None:
     log(fields(mlx_version=mx.__version__))
     log(f"train_loader:shards pattern={args.train_files}")
     log(f"val_loader:shards pattern={args.val_files} tokens:{len(inputs.val_tokens) - 1}")
-    expected = inputs.expected_train_shards
-    shards = f"dataset:{inputs.dataset_name} train_shards:{inputs.train_shards}"
-    shards += "" if expected is None else f"/{expected}"
-    if expected is not None and inputs.train_shards < expected:
+    present, expected = inputs.train_shards, inputs.expected_train_shards
+    shards = f"dataset:{inputs.dataset_name} train_shards:{present}" + ("" if expected is None else f"/{expected}")
+    if expected is not None and present < expected:
         log(f"WARNING: train_loader:subset {shards} new epochs will arrive sooner than the full dataset")
     else:
         log(f"train_loader:{shards}")
@@ -939,9 +923,8 @@ def log_configuration(run: Run) -> None:
         tok_emb=params["tok_emb.weight"].dtype, linear_weight=run.model.blocks[0].attn.c_q.weight.dtype,
         skip_weights=params["skip_weights"].dtype))
     if mx.default_device() == mx.Device(mx.cpu):
-        blas = cpu_blas()
-        hint = " (slow; `apt-get install libopenblas0-pthread` makes matrix products many times faster)"
-        log(fields(cpu_blas=blas) + (hint if blas == "reference" else ""))
+        hint = " (slow: `apt-get install libopenblas0-pthread`, and import this script before mlx, for fast products)"
+        log(f"cpu_blas:{(blas := cpu_blas())}" + (hint if blas == "reference" else ""))
 
 def validate(run: Run) -> tuple[float, float]:
     """(val_loss, val_bpb) of the model as it is now."""
@@ -953,6 +936,7 @@ def warm_up(run: Run) -> None:
     args, log = run.args, run.log
     if args.warmup_steps <= 0:
         return
+    log(f"warmup:{args.warmup_steps} steps of {args.train_batch_tokens} tokens, off the clock")
     parameters, (high, low) = run.model.parameters(), mx.random.state[0].tolist()
     loader = TokenLoader(args.train_files)
     for step in range(1, args.warmup_steps + 1):
@@ -964,7 +948,7 @@ def warm_up(run: Run) -> None:
     mx.eval(run.model.parameters())
     run.model.update(parameters)
     # Validation has batches of two shapes, the full one and the last: so many sequences give one of each.
-    total_seqs, batch_seqs = len(run.inputs.val_tokens) // args.train_seq_len, val_batch_seqs(args)
+    total_seqs, batch_seqs = (len(run.inputs.val_tokens) - 1) // args.train_seq_len, val_batch_seqs(args)
     primer_seqs = min(total_seqs, batch_seqs + total_seqs % batch_seqs)
     primer = run.inputs.val_tokens[: primer_seqs * args.train_seq_len + 1]
     eval_val(args, run.compiled_loss, primer, *run.inputs.byte_tables)
@@ -973,6 +957,7 @@ def warm_up(run: Run) -> None:
 def train(run: Run) -> None:
     """Train until ITERATIONS or the wallclock cap, whichever is first; validation is off the clock."""
     args, log = run.args, run.log
+    loader = TokenLoader(args.train_files, log, run.inputs.dataset_name)
     step, train_ms, capped = 0, 0.0, False
     while True:
         finished = capped or step >= args.iterations
@@ -984,7 +969,7 @@ def train(run: Run) -> None:
             break
         lr_mul = args.lr_mul(step, train_ms)
         started = time.perf_counter()
-        train_loss, grads = loss_and_grad_step(args, run.loader, run.compiled_loss_and_grad)
+        train_loss, grads = loss_and_grad_step(args, loader, run.compiled_loss_and_grad)
         run.optimizers.step(run.model, grads, step, lr_mul)
         mx.eval(train_loss, run.model.parameters())
         step_ms = 1000.0 * (time.perf_counter() - started)
@@ -993,36 +978,34 @@ def train(run: Run) -> None:
         if args.train_log_every > 0 and (step <= 10 or step % args.train_log_every == 0):
             log(f"step:{step}/{args.iterations} train_loss:{train_loss.item():.4f} train_time:{train_ms:.0f}ms "
                 f"step_avg:{train_ms / step:.2f}ms tok_s:{args.train_batch_tokens / (step_ms / 1000.0):.0f}")
-        if step == 3:  # by then the steps' length is known
+        if step == min(3, args.iterations) or (capped and step < 3):  # by then the steps' length is known
             log_warmdown(run, step, train_ms)
     if step < args.iterations:
         log(f"stopping_early: wallclock_cap train_time:{train_ms:.0f}ms step:{step}/{args.iterations}")
 
 def log_warmdown(run: Run, step: int, train_ms: float) -> None:
-    """Tell when the whole run lies inside the warmdown, so that its learning rate is never the full one."""
+    """Tell when the whole run lies inside the warmdown, so that the full learning rate is used once at the most."""
     args, cap_ms = run.args, 1000.0 * run.args.max_wallclock_seconds
     # As lr_mul sees it: with a cap, the schedule ends with the last step that fits under it.
-    scheduled = int(cap_ms / (train_ms / step)) if cap_ms > 0 else args.iterations
+    scheduled = max(int(cap_ms / (train_ms / step)), 1) if cap_ms > 0 else args.iterations
     if scheduled < args.warmdown_iters:
         fit = fields(steps_that_fit=min(scheduled, args.iterations), warmdown_iters=args.warmdown_iters)
         run.log(f"warmdown:whole_run lr_mul:{args.lr_mul(step, train_ms):.4f} {fit} "
-                f"(the rate falls from the first step on; WARMDOWN_ITERS={scheduled} would start at the full rate)")
+                f"(after the first step the rate is never the full one; WARMDOWN_ITERS={scheduled} would start at it)")
 
 def save(run: Run) -> Path:
     """Write the weights as they are (.npz) and compressed (.int8.ptz); returns the latter's path."""
     log, flat_state = run.log, dict(tree_flatten(run.model.state))
-    npz_path = Path(run.args.out_dir, run.args.run_id + NPZ_SUFFIX)
-    artifact_path = Path(run.args.out_dir, run.args.run_id + ARTIFACT_SUFFIX)
+    npz_path, artifact_path = (Path(run.args.out_dir, run.args.run_id + end) for end in (NPZ_SUFFIX, ARTIFACT_SUFFIX))
     mx.savez(str(npz_path), **flat_state)
     log(f"saved_model:{npz_path} bytes:{npz_path.stat().st_size}")
     quant_obj, stats = quantize_state_dict_int8(flat_state)
     raw = pickle.dumps(quant_obj, protocol=pickle.HIGHEST_PROTOCOL)
     artifact_path.write_bytes(zlib.compress(raw, level=9))
     artifact_bytes, code_bytes = artifact_path.stat().st_size, CODE_PATH.stat().st_size
-    payload = stats["int8_payload_bytes"]
+    payload, total_bytes = stats["int8_payload_bytes"], code_bytes + artifact_bytes
     log(f"serialized_model_int8_zlib:{artifact_bytes} bytes (payload:{payload} raw_pickle:{len(raw)} "
         f"payload_ratio:{stats['baseline_tensor_bytes'] / max(payload, 1):.2f}x)")
-    total_bytes = code_bytes + artifact_bytes
     verdict = "under" if total_bytes <= SUBMISSION_CAP_BYTES else "OVER"
     log(f"Code size: {code_bytes} bytes")
     log(f"Total submission size int8+zlib: {total_bytes} bytes ({verdict} the cap of {SUBMISSION_CAP_BYTES} bytes)")
@@ -1041,7 +1024,7 @@ def score(run: Run, artifact_path: Path) -> None:
 def main() -> None:
     """One run, as the environment says. Raises InputError or NotImplementedError for what the user can mend."""
     args = Hyperparameters()
-    inputs = read_inputs(args)
+    inputs = read_inputs(args)  # before the log is opened: a run that cannot start leaves nothing behind
     run = set_up(args, inputs, open_log(args))
     log_configuration(run)
     warm_up(run)
@@ -1056,8 +1039,7 @@ def command_line(arguments: list[str]) -> int:
         return 0
     try:
         if arguments:
-            example = "ITERATIONS=100 python train_gpt_mlx.py"
-            raise InputError(f"{arguments[0]}: settings are environment variables, as in {example}; see --help")
+            raise InputError(f"{arguments[0]}: settings are environment variables, as in ITERATIONS=100; see --help")
         main()
     except (InputError, NotImplementedError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -2,7 +2,7 @@
 """Make a data set for train_gpt_mlx.py from text: a SentencePiece tokenizer, and shards of its tokens.
 
 Without arguments the text is the source code of Python's own standard library, which every machine has:
-about 12 MB, 5 million tokens, nothing downloaded. `--text` takes files and folders of your own.
+about 12 MB, 4.4 million tokens, nothing downloaded. `--text` takes files and folders of your own.
 
 The recipe is the challenge's: BPE with byte fallback, split digits and nmt_nfkc normalization (which folds
 whitespace, so bits per byte are over the normalized text). One file is one document; a document's tokens follow
@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--vocab-size", type=positive, default=1024, metavar="N", help="tokens (default %(default)s)")
     parser.add_argument(
         "--val-tokens", type=positive, default=100_000, metavar="N",
-        help="take documents for validation until they have so many tokens (default %(default)s)",
+        help="about so many validation tokens, in whole documents (default %(default)s)",
     )
     parser.add_argument(
         "--shard-tokens", type=positive, default=100_000_000, metavar="N",
@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_settings(name: str, vocab_size: int) -> None:
-    """Raise InputError for a name that is no plain folder name, or more tokens than uint16 can count."""
+    """Raise InputError for a name that is no plain folder name, or a vocabulary too large for uint16."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise InputError(f"--name {name}: use letters, digits, '.', '_' and '-' only")
     if vocab_size > 65_536:
@@ -131,7 +131,6 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> bytes:
     """
     lines = (line for document in documents for line in document.splitlines() if line.strip())
     model = io.BytesIO()
-    too_little = f"--vocab-size {vocab_size}: too many for this text"
     try:
         spm.SentencePieceTrainer.train(
             sentence_iterator=lines, model_writer=model, model_type="bpe", vocab_size=vocab_size,
@@ -143,7 +142,9 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> bytes:
         raise InputError(f"--vocab-size {vocab_size}: SentencePiece cannot train on this text ({error})") from None
     pieces = spm.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
     if pieces != vocab_size:  # without the hard limit, a small text silently gives fewer
-        raise InputError(f"{too_little}: it yields {pieces} pieces, so ask for at most that, or give more text")
+        raise InputError(
+            f"--vocab-size {vocab_size}: this text yields only {pieces} pieces: ask for at most that, or give more text"
+        )
     return model.getvalue()
 
 
@@ -163,10 +164,11 @@ def split(encoded: list[np.ndarray], val_tokens: int) -> int:
     count = int(np.argmin(np.abs(totals - val_tokens))) + 1
     if count < len(encoded):
         return count
-    hint = "lower --val-tokens" if len(encoded) > 1 else "split the file: one file is one document"
+    if len(encoded) == 1:
+        raise InputError("one file is one document, and it cannot be both validation and training text: give several")
     raise InputError(
-        f"the text, {len(encoded)} document(s) of {totals[-1]} tokens, is too little to keep {val_tokens} for "
-        f"validation and train on others: give more text, or {hint}"
+        f"--val-tokens {val_tokens}: the text's {len(encoded)} documents have {totals[-1]} tokens, which leaves none "
+        "to train on: give more text, or a smaller number"
     )
 
 
@@ -261,9 +263,9 @@ def prepare(args: argparse.Namespace, say: Callable[[str], None] = print) -> Non
 
     for kind, part in parts.items():
         say(f"{kind}: {len(part)} documents, {stats[f'tokens_{kind}']:,} tokens, {stats[f'files_{kind}']} shard(s)")
-    say("train on it with:")
-    say(f"  DATA_PATH={shown(ROOT / 'datasets' / dataset_name)} "
-        f"TOKENIZER_PATH={shown(ROOT / tokenizer['model_path'])} VOCAB_SIZE={args.vocab_size} python train_gpt_mlx.py")
+    say("train on it with (default settings suit a GPU; for a CPU, add the small ones of the README's first command):")
+    say(f"  DATA_PATH={shown(ROOT / 'datasets' / dataset_name)} TOKENIZER_PATH={shown(ROOT / tokenizer['model_path'])} "
+        f"VOCAB_SIZE={args.vocab_size} {shown(Path(sys.executable))} train_gpt_mlx.py")
 
 
 def shown(path: Path) -> str:

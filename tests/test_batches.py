@@ -128,5 +128,5 @@ def test_eager_mode_materialises_every_chunk(tmp_path, monkeypatch):
 def test_microbatch_without_room_for_a_sequence(tmp_path):
     write_shard(tmp_path / "s.bin", range(100))
     args = settings(train_batch_tokens=15, grad_accum_steps=2, train_seq_len=8)
-    with pytest.raises(ValueError, match="7 tokens.*sequence of 8"):
+    with pytest.raises(ValueError, match="7 tokens.*sequence of TRAIN_SEQ_LEN=8"):
         tg.loss_and_grad_chunked(args, tg.TokenLoader(str(tmp_path / "s.bin")), RecordingLoss())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -95,8 +96,8 @@ def test_a_subclass_may_add_attributes_and_replace_settings(monkeypatch):
     mine = Mine()
     assert (mine.num_layers, mine.my_rate, mine.my_setting, mine.model_dim) == (11, 0.5, 4, 512)
     assert tg.Hyperparameters().num_layers == 2
-    assert list(tg.settings_of(Mine))[0] == "data_path"
-    assert list(tg.settings_of(Mine))[-1] == "my_setting"
+    names = list(tg.settings_of(Mine))
+    assert (names[0], names[-1]) == ("data_path", "my_setting")
 
 
 @pytest.mark.parametrize("row", RECORDED["lr_mul"], ids=str)
@@ -120,9 +121,22 @@ def test_help_lists_every_setting_with_its_default_and_meaning():
         found = [line for line in lines if line.startswith(f"  {name}={default} ")]
         assert len(found) == 1, name
         assert len(found[0].split(f"{name}={default}")[1].strip()) > 8, f"{name} has no meaning"
-    assert [line for line in lines if line.endswith("(or TRAIN_MAX_SEQ_LEN)")][0].startswith("  TRAIN_SEQ_LEN=1024 ")
+    (older,) = [line for line in lines if line.endswith("(or TRAIN_MAX_SEQ_LEN)")]
+    assert older.startswith("  TRAIN_SEQ_LEN=1024 ")
     assert [line for line in lines if line and not line.startswith(" ")][2:] == [
         "data", "loop", "memory", "model", "optimizer", "platform", "name lists"]  # fmt: skip
+
+
+def test_a_subclass_with_a_constructor_of_its_own_reads_each_setting_once(monkeypatch):
+    @dataclasses.dataclass
+    class Mine(tg.Hyperparameters):
+        width: int = 3
+
+    mine = Mine(width=4)
+    assert (mine.width, mine.iterations) == (4, 20000)
+    assert mine.run_id == mine.run_id
+    monkeypatch.setenv("ITERATIONS", "9")
+    assert mine.iterations == 20000
 
 
 def python(code: str, **environment: str) -> str:
@@ -159,6 +173,12 @@ def test_import_prints_nothing_creates_nothing_and_is_quick(tmp_path):
     assert float(done.stdout) < 2.0  # a second line of output would fail here
     assert done.stderr == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_script_loads_by_path_without_being_registered():
+    code = "import importlib.util as u; s = u.spec_from_file_location('forked', 'train_gpt_mlx.py'); "
+    code += "m = u.module_from_spec(s); s.loader.exec_module(m); print(m.Hyperparameters().iterations)"
+    assert python(code) == "20000"
 
 
 NAMES = """COMPUTE_DTYPE Hyperparameters CONTROL_TENSOR_NAME_PATTERNS INT8_KEEP_FLOAT_FP32_NAME_PATTERNS

@@ -306,7 +306,7 @@ def sample(tmp_path_factory) -> Path:
     done = subprocess.run([sys.executable, "data/prepare.py"], cwd=folder, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     settings = "DATA_PATH=data/datasets/sample_sp1024 TOKENIZER_PATH=data/tokenizers/sample_1024_bpe.model"
-    assert done.stdout.splitlines()[-1].strip() == f"{settings} VOCAB_SIZE=1024 python train_gpt_mlx.py"
+    assert done.stdout.splitlines()[-1].strip() == f"{settings} VOCAB_SIZE=1024 {sys.executable} train_gpt_mlx.py"
     return folder / "data"
 
 

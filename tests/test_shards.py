@@ -197,8 +197,11 @@ class TestManifest:
         self.manifest(dataset)
         monkeypatch.chdir(dataset)
         assert tg.validate_dataset_tokenizer_pair(".", "right.model") == ("set_a", 3, 5)
-        (tmp_path / "link").symlink_to(dataset)
-        assert self.check(tmp_path / "link") == ("set_a", 3, 5)
+        elsewhere = tmp_path / "disk/big"
+        elsewhere.parent.mkdir()
+        dataset.rename(elsewhere)
+        dataset.symlink_to(elsewhere)  # the data set is known by the name it is linked under
+        assert self.check(dataset) == ("set_a", 3, 5)
 
     def test_more_shards_than_expected(self, dataset):
         self.manifest(dataset, entry={"stats": {"files_train": 2}})

@@ -28,9 +28,8 @@ def stages(tmp_path, tokenizer):
         tables = tg.build_sentencepiece_luts(tokenizer, 320)
         inputs = tg.Inputs("set", 1, None, learnable_tokens(8 * 11 + 1, 64, 9).astype(np.int32), tables)
         lines: list[str] = []
-        loader, optimizers = tg.TokenLoader(args.train_files), tg.SplitOptimizers(model, args)
         loss_and_grad = nn.value_and_grad(model, model.loss)
-        return tg.Run(args, inputs, lines.append, model, loader, optimizers, model.loss, loss_and_grad)
+        return tg.Run(args, inputs, lines.append, model, tg.SplitOptimizers(model, args), model.loss, loss_and_grad)
 
     return make
 
@@ -97,12 +96,31 @@ def test_clock_stops_when_the_new_parameters_are_computed(stages, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("durations", "changes", "expected"),
+    [
+        ([100] * 9, dict(iterations=9, warmdown_iters=10), "lr_mul:0.6000 steps_that_fit:9 "),  # after the third step
+        ([100] * 2, dict(iterations=2, warmdown_iters=10), "steps_that_fit:2 "),
+        ([700] * 2, dict(iterations=9, warmdown_iters=10, max_wallclock_seconds=1.0), "steps_that_fit:1 "),
+        ([3000], dict(iterations=9, warmdown_iters=10, max_wallclock_seconds=1.0), "steps_that_fit:1 "),
+        ([100] * 9, dict(iterations=9, warmdown_iters=9), None),
+    ],
+)  # fmt: skip
+def test_warmdown_line_comes_once_also_in_the_shortest_runs(stages, clock, durations, changes, expected):
+    run = stages(**changes)
+    clock(durations)
+    tg.train(run)
+    found = [line for line in lines(run) if line.startswith("warmdown:")]
+    assert len(found) == (expected is not None)
+    assert expected is None or expected in found[0]
+
+
+@pytest.mark.parametrize(
     ("changes", "elapsed_ms", "line"),
     [
         # 100 ms a step: 100 steps would fit under the cap, but only 50 are asked for.
         (dict(max_wallclock_seconds=10.0, iterations=50, warmdown_iters=1000), 300.0,
          "warmdown:whole_run lr_mul:0.0970 steps_that_fit:50 warmdown_iters:1000 "
-         "(the rate falls from the first step on; WARMDOWN_ITERS=100 would start at the full rate)"),
+         "(after the first step the rate is never the full one; WARMDOWN_ITERS=100 would start at it)"),
         (dict(max_wallclock_seconds=10.0, iterations=500, warmdown_iters=101), 300.0, "steps_that_fit:100 "),
         (dict(max_wallclock_seconds=10.0, iterations=500, warmdown_iters=100), 300.0, None),
         (dict(max_wallclock_seconds=0.0, iterations=50, warmdown_iters=51), 300.0, "lr_mul:0.9216 steps_that_fit:50 "),
@@ -132,7 +150,6 @@ def test_warmup_uses_every_shape_and_leaves_no_trace(stages):
     assert all(mx.array_equal(before[name], after[name]) for name in before)
     assert all(run.optimizers.muon.buffers[name] is moments[name] for name in moments)
     assert run.optimizers.adam_scalar.step.item() == 0
-    assert (run.loader.stream.pos, run.loader.stream.epoch) == (0, 1)
 
 
 @pytest.mark.parametrize(("steps", "logged"), [(20, list(range(1, 21))), (21, [10, 20, 21]), (0, [])])
@@ -140,7 +157,8 @@ def test_warmup_lines(stages, monkeypatch, steps, logged):
     run = stages(warmup_steps=steps)
     monkeypatch.setattr(tg, "loss_and_grad_step", lambda args, loader, f: (mx.array(0.0), run.model.parameters()))
     tg.warm_up(run)
-    assert lines(run) == [f"warmup_step:{i}/{steps}" for i in logged]
+    first = [f"warmup:{steps} steps of 64 tokens, off the clock"] if steps else []
+    assert lines(run) == first + [f"warmup_step:{i}/{steps}" for i in logged]
 
 
 def test_configuration_names_each_setting_by_its_own_value(stages):
