@@ -74,13 +74,14 @@ def test_schedule_and_optimizer_get_step_and_elapsed_time(stages, clock, monkeyp
     assert stepped == [(0, 0.5), (1, 0.25), (2, 0.125), (3, 0.0625)]
 
 
-@pytest.mark.parametrize(("cap", "steps"), [(0.3, 2), (0.301, 3), (0.0, 4), (-1.0, 4), (9.0, 4)])
+@pytest.mark.parametrize(("cap", "steps"), [(0.375, 2), (0.376, 3), (0.0, 4), (-1.0, 4), (9.0, 4)])
 def test_cap_is_reached_to_the_millisecond(stages, clock, cap, steps):
     run = stages(iterations=4, max_wallclock_seconds=cap)
-    clock([100, 200, 300, 400])
+    durations = [125, 250, 500, 500]  # exact in binary, so that the cap can be hit exactly
+    clock(durations)
     tg.train(run)
     assert len([line for line in lines(run) if "train_loss" in line]) == steps
-    total = sum([100, 200, 300, 400][:steps])
+    total = sum(durations[:steps])
     last = f"stopping_early: wallclock_cap train_time:{total}ms step:{steps}/4"
     assert lines(run)[-1] == last if steps < 4 else "stopping_early" not in "".join(lines(run))
 
