@@ -370,7 +370,7 @@ class TestBlas:
 
     @pytest.mark.skipif(not openblas_is_installed(), reason="OpenBLAS is not installed on this machine")
     def test_openblas_is_told_truthfully(self, run):
-        for changes in ({}, {"command": importing("import numpy")},
+        for changes in ({"mlx_preload_blas": 1}, {"command": importing("import numpy"), "mlx_preload_blas": 1},
                         {"command": importing(f"{self.GLOBAL}\nimport mlx.core"), "mlx_preload_blas": 0}):  # fmt: skip
             assert self.blas(run(iterations=0, **changes)) == "openblas"
         late = importing(f"import numpy, mlx.core\n{self.GLOBAL}")  # too late: MLX is bound already
