@@ -69,6 +69,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 class InputError(ValueError):
     """Something the user gave cannot be used. The message says what, where and what to do."""
+
 class MissingFileError(InputError, FileNotFoundError):
     """A file that a setting names is not there."""
 
@@ -677,7 +678,7 @@ def eval_val(args: Hyperparameters, compiled_loss: Loss, val_tokens: np.ndarray,
     seq_len, batch_seqs = args.train_seq_len, val_batch_seqs(args)
     total_seqs = (len(val_tokens) - 1) // seq_len
     num_batches = math.ceil(total_seqs / batch_seqs)
-    loss_sum, num_bytes = 0.0, 0
+    loss_sum, num_bytes, num_tokens = 0.0, 0, total_seqs * seq_len
     for i in range(1, num_batches + 1):
         first, last = (i - 1) * batch_seqs, min(i * batch_seqs, total_seqs)
         tokens = val_tokens[first * seq_len : last * seq_len + 1].astype(np.int32)
@@ -688,7 +689,6 @@ def eval_val(args: Hyperparameters, compiled_loss: Loss, val_tokens: np.ndarray,
         num_bytes += int(base_bytes_lut[target].sum(dtype=np.int64)) + int(spaces.sum())
         if log_fn is not None and num_batches > 1 and (i in (1, num_batches) or i % 25 == 0):
             log_fn(f"val_progress:{i}/{num_batches}")
-    num_tokens = total_seqs * seq_len
     val_loss = loss_sum / num_tokens
     return val_loss, val_loss / math.log(2.0) * (num_tokens / num_bytes)
 
