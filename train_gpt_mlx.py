@@ -1,77 +1,76 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.10"
-# dependencies = [
-#   "mlx>=0.26.5; sys_platform == 'darwin'",
-#   "mlx[cpu]>=0.26.5; sys_platform == 'linux'",
-#   "numpy>=1.21.6",
-#   "sentencepiece>=0.1.99",
-# ]
+# dependencies = ["mlx>=0.26.5; sys_platform == 'darwin'", "mlx[cpu]>=0.26.5; sys_platform == 'linux'",
+#                 "numpy>=1.21.6", "sentencepiece>=0.1.99"]
 # ///
 """Parameter Golf on Apple Silicon: train a small GPT, compress it, score what is left in bits per byte.
 
-The challenge asks for the best language model that fits in 16,000,000 bytes, code and compressed weights
-together. This is the baseline for people with a Mac; it also runs on Linux. Every setting is an environment
-variable (`--help` lists them), and the file reads in the order in which the data flows:
-
-    1. Settings               environment -> Hyperparameters
-    2. Shards and streams     train shards -> TokenStream -> TokenLoader -> (x, y)
-    3. Bytes per token        tokenizer -> byte tables
-    4. Model                  (x, y) -> GPT -> loss in nats
-    5. Optimizers             gradients -> SplitOptimizers (Muon and Adam) -> GPT
-    6. Batches within a step  TokenLoader -> loss_and_grad_chunked -> averaged gradients
-    7. Evaluation             val shards, byte tables -> eval_val -> val_loss, val_bpb
-    8. Compression            GPT -> int8 arrays -> GPT
-    9. The run                all of it: set up, warm up, train, save, score
-
-A *batch*, the tokens of one optimizer step, is split into GRAD_ACCUM_STEPS *microbatches*, each computed in
-*chunks* of at most MLX_MAX_MICROBATCH_TOKENS tokens, the most in memory at once. Shapes read (batch, seq, dim).
+The challenge asks for the best language model that fits in 16,000,000 bytes, code and compressed weights together. This
+is the baseline for people with a Mac; it also runs on Linux. Every setting is an environment variable (`--help` lists
+them). The file reads in the order in which the data flows, in nine sections: settings, shards and streams, bytes per
+token, model, optimizers, batches within a step, evaluation, compression, and the run, which ends in main(). A *batch*,
+the tokens of one optimizer step, is split into GRAD_ACCUM_STEPS *microbatches*, each computed in *chunks* of at most
+MLX_MAX_MICROBATCH_TOKENS tokens, the most in memory at once. Shapes read (batch, seq, dim).
 """
 
 import contextlib
 import ctypes
+import difflib
 import glob
-import inspect
+import io
 import json
 import math
 import os
 import pickle
+import pickletools
+import re
+import signal
 import sys
+import threading
 import time
 import uuid
+import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 
-def preload_openblas() -> None:
+def preload_openblas() -> bool:
     """Put OpenBLAS, where a Linux machine has it, in front of the slow reference BLAS inside MLX's CPU wheel.
-    MLX binds its matrix products, when it is imported, to the first BLAS in the process's global scope. So this
-    comes before that import, and does nothing after it. macOS has Accelerate. MLX_PRELOAD_BLAS=0 turns it off."""
+    MLX binds its products, when it is imported, to the first BLAS in the process's global scope. So this comes before
+    that import, and does nothing after it. Returns whether it is OpenBLAS that MLX finds. macOS has Accelerate."""
     if sys.platform == "linux" and "mlx.core" not in sys.modules and os.environ.get("MLX_PRELOAD_BLAS") != "0":
         with contextlib.suppress(OSError):  # not installed: the run's log says so, and how to get it
             ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
+    return hasattr(ctypes.CDLL(None), "openblas_get_config")
 
-preload_openblas()
+HAS_OPENBLAS = preload_openblas()
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import sentencepiece as spm
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
+
 
 # 1. Settings --------------------------------------------------------------------------------------------------
-# In: environment variables. Out: a Hyperparameters object with a plain attribute for each, and a few module
-# constants. A setting is declared once, with its default and meaning; parsing, errors and --help follow from it.
-
+# In: environment variables. Out: a Hyperparameters object with a plain attribute for each, and a few constants. A
+# setting is declared once, with default, meaning and limits; parsing, errors and --help follow from that.
 class InputError(ValueError):
     """Something the user gave cannot be used. The message says what, where and what to do."""
-
 class MissingFileError(InputError, FileNotFoundError):
     """A file that a setting names is not there."""
+class RunError(RuntimeError):
+    """What ends a run that had begun. The message says what failed."""
+
+def require(condition: bool, message: str, error: type[Exception] = InputError) -> None:
+    """Raise the error unless the condition holds."""
+    if not condition:
+        raise error(message)
 
 @dataclass
 class Setting:
@@ -80,112 +79,103 @@ class Setting:
     group: str
     default: Any  # of the setting's type; a bool is written 0 or 1; a callable makes the value
     meaning: str
+    limits: str = ""  # of a number, which must be finite in any case: ">= 0 and < 1"
     fallback: str = ""  # an older variable, read when only that one is set
-    choices: tuple[str, ...] = ()
     shown: str = ""  # how --help writes a default that is computed
-
     def __set_name__(self, owner: type, name: str) -> None:
         self.variable = name.upper()
-
     def __get__(self, instance: object, owner: type) -> Any:
         return self.read() if instance is None else vars(instance).setdefault(self.variable.lower(), self.read())
-
     def read(self) -> Any:
         """The value from the environment, or the default. Raises InputError for text that is no such value."""
         variable = self.fallback if self.fallback in os.environ and self.variable not in os.environ else self.variable
-        text = os.environ.get(variable)
+        text, kind = os.environ.get(variable), type(self.default)
         if text is None:
             return self.default() if callable(self.default) else self.default
-        if self.choices and text not in self.choices:
-            raise InputError(f"{variable}={text!r}: must be one of {', '.join(self.choices)}")
-        if isinstance(self.default, bool):
-            if text not in ("0", "1"):
-                raise InputError(f"{variable}={text!r}: must be 0 or 1")
-            return text == "1"
-        if isinstance(self.default, (int, float)):
-            try:
-                return type(self.default)(text)
-            except ValueError:
-                kind = "a whole number" if isinstance(self.default, int) else "a number"
-                raise InputError(f"{variable}={text!r}: must be {kind}") from None
-        return text
+        try:
+            return ("0", "1").index(text) == 1 if kind is bool else kind(text) if kind in (int, float) else text
+        except ValueError:
+            raise InputError(f"{variable}={text!r}: must be {self.allowed()}") from None
+    def allowed(self) -> str:
+        """What the value must be, in words."""
+        kind = {bool: "0 or 1", int: "a whole number", float: "a finite number"}.get(type(self.default), "a text")
+        return f"{kind} {self.limits}".rstrip()
+    def check(self, owner: Any) -> None:
+        """Raise InputError if the owner's value, from wherever it came, is one that no run can use."""
+        kind, value = type(self.default), getattr(owner, self.variable.lower())
+        sound = value != "" or self.default == ""
+        if kind in (bool, int, float):
+            sound = isinstance(value, (int, np.integer, kind)) and abs(value) < math.inf
+            sound = sound and (kind is not bool or value in (0, 1))
+        for sign, end in re.findall(r"([<>]=?) (\S+)", self.limits):
+            sound = sound and {"<": value < float(end), ">": value > float(end), ">=": value >= float(end)}[sign]
+        require(sound, f"{self.variable}={value}: must be {self.allowed()}")
 
 def settings_of(owner: type) -> dict[str, Setting]:
     """The settings that a class declares or inherits, by attribute name, in the order of declaration."""
-    names = dict.fromkeys(name for base in reversed(owner.__mro__) for name in vars(base))
-    found = {name: inspect.getattr_static(owner, name) for name in names}
+    found = {name: value for base in reversed(owner.__mro__) for name, value in vars(base).items()}
     return {name: value for name, value in found.items() if isinstance(value, Setting)}
 
 class Hyperparameters:
     """Every setting of a run, read from the environment when an instance is made; plain, assignable attributes.
     A subclass may add attributes, or replace a setting by a value of its own, which wins over the environment."""
-    data_path = Setting("data", "./data/datasets/fineweb10B_sp1024", "folder of fineweb_train_*.bin, fineweb_val_*.bin")
+    data_path = Setting("data", "./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin")
     tokenizer_path = Setting("data", "./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of those shards")
     run_id = Setting("data", lambda: str(uuid.uuid4()), "names the run's log and files", shown="<a fresh uuid4>")
-    seed = Setting("data", 1337, "seed of the initial weights")
-    out_dir = Setting("data", "logs", "folder for the log and the saved model")
-
-    iterations = Setting("loop", 20_000, "most optimizer steps; 0 scores the untrained model")
-    val_loss_every = Setting("loop", 0, "validate every so many steps; 0: only at the end")
-    val_batch_size = Setting("loop", 524_288, "tokens of GRAD_ACCUM_STEPS validation batches together")
-    train_log_every = Setting("loop", 200, "log every so many steps after the first 10; 0: no train lines")
-    train_batch_tokens = Setting("loop", 524_288, "tokens per optimizer step")
-    grad_accum_steps = Setting("loop", 8, "microbatches that a step's tokens are split into")
-    train_seq_len = Setting("loop", 1024, "tokens per sequence", fallback="TRAIN_MAX_SEQ_LEN")
-    warmup_steps = Setting("loop", 20, "steps to compile and allocate, before the clock starts; nothing is learned")
+    seed = Setting("data", 1337, "seed of the initial weights", ">= 0 and < 18446744073709551616")
+    out_dir = Setting("data", "logs", "folder for the log, the saved model and checkpoints")
+    resume = Setting("data", "", "checkpoint to go on from; auto: this RUN_ID's, if there is one")
+    eval_artifact = Setting("data", "", "score this .int8.ptz or .npz instead of training")
+    iterations = Setting("loop", 20_000, "most optimizer steps; 0 scores the untrained model", ">= 0")
+    val_loss_every = Setting("loop", 0, "validate every so many steps; 0: only at the end", ">= 0")
+    val_max_tokens = Setting("loop", 0, "score only so many validation tokens, for a quick look; 0: all", ">= 0")
+    val_batch_size = Setting("loop", 524_288, "tokens of GRAD_ACCUM_STEPS validation batches together", ">= 1")
+    train_log_every = Setting("loop", 200, "log every so many steps after the first 10; 0: no train lines", ">= 0")
+    train_batch_tokens = Setting("loop", 524_288, "tokens per optimizer step", ">= 1")
+    grad_accum_steps = Setting("loop", 8, "microbatches that a step's tokens are split into", ">= 1")
+    train_seq_len = Setting("loop", 1024, "tokens per sequence", ">= 1", fallback="TRAIN_MAX_SEQ_LEN")
+    warmup_steps = Setting("loop", 20, "steps to compile and allocate, off the clock; nothing is learned", ">= 0")
     warmdown_iters = Setting("loop", 1200, "last steps, over which the learning rate falls linearly to 0")
     max_wallclock_seconds = Setting("loop", 600.0, "most seconds of training; 0: no cap")
-
-    mlx_max_microbatch_tokens = Setting("memory", 8192, "most tokens in the model at once; lower it on a small Mac")
+    checkpoint_every = Setting("loop", 0, "write a checkpoint every so many steps; 0: only when interrupted", ">= 0")
+    mlx_max_microbatch_tokens = Setting("memory", 8192, "most tokens in the model at once; less: less memory", ">= 1")
     mlx_eager_eval = Setting("memory", True, "finish each chunk before the next begins: keeps memory at one chunk")
-    logit_chunk_tokens = Setting("memory", 0, "make the logits of so many tokens at a time; 0: of all at once")
-
-    vocab_size = Setting("model", 1024, "token ids; must equal the tokenizer's")
-    num_layers = Setting("model", 9, "transformer blocks; the first half has skip connections to the second")
-    model_dim = Setting("model", 512, "width of the residual stream")
-    num_heads = Setting("model", 8, "query heads")
-    num_kv_heads = Setting("model", 4, "key/value heads; NUM_HEADS / NUM_KV_HEADS query heads share one")
-    mlp_mult = Setting("model", 2, "MLP width over MODEL_DIM")
+    logit_chunk_tokens = Setting("memory", 0, "make the logits of so many tokens at a time; 0: of all at once", ">= 0")
+    vocab_size = Setting("model", 1024, "token ids; must equal the tokenizer's", ">= 1 and < 65537")
+    num_layers = Setting("model", 9, "transformer blocks; the first half has skip connections to the second", ">= 1")
+    model_dim = Setting("model", 512, "width of the residual stream", ">= 1")
+    num_heads = Setting("model", 8, "query heads", ">= 1")
+    num_kv_heads = Setting("model", 4, "key/value heads; NUM_HEADS / NUM_KV_HEADS query heads share one", ">= 1")
+    mlp_mult = Setting("model", 2, "MLP width over MODEL_DIM", ">= 1")
     tie_embeddings = Setting("model", True, "embed and predict with one matrix; 0 is not implemented")
-    tied_embed_init_std = Setting("model", 0.005, "standard deviation of the initial embedding")
-    logit_softcap = Setting("model", 30.0, "logits are squashed smoothly into -CAP..CAP")
-    rope_base = Setting("model", 10000.0, "base of the rotary position frequencies")
+    tied_embed_init_std = Setting("model", 0.005, "standard deviation of the initial embedding", "> 0")
+    logit_softcap = Setting("model", 30.0, "logits are squashed smoothly into -CAP..CAP", "> 0")
+    rope_base = Setting("model", 10000.0, "base of the rotary position frequencies", "> 0")
     qk_gain_init = Setting("model", 1.5, "initial gain of each head's queries")
-
-    beta1 = Setting("optimizer", 0.9, "Adam: decay of the first moment")
-    beta2 = Setting("optimizer", 0.95, "Adam: decay of the second moment")
-    adam_eps = Setting("optimizer", 1e-8, "Adam: added to the denominator")
-    tied_embed_lr = Setting("optimizer", 0.05, "learning rate of the embedding (Adam)")
-    matrix_lr = Setting("optimizer", 0.04, "learning rate of the blocks' matrices (Muon)")
-    scalar_lr = Setting("optimizer", 0.04, "learning rate of vectors, gains and skip weights (Adam)")
-    muon_momentum = Setting("optimizer", 0.95, "Muon: momentum after its warmup")
-    muon_backend_steps = Setting("optimizer", 5, "Muon: Newton-Schulz iterations per update")
-    muon_momentum_warmup_start = Setting("optimizer", 0.85, "Muon: momentum at step 0")
-    muon_momentum_warmup_steps = Setting("optimizer", 500, "Muon: steps from that to MUON_MOMENTUM; 0: constant")
+    beta1 = Setting("optimizer", 0.9, "Adam: decay of the first moment", ">= 0 and < 1")
+    beta2 = Setting("optimizer", 0.95, "Adam: decay of the second moment", ">= 0 and < 1")
+    adam_eps = Setting("optimizer", 1e-8, "Adam: added to the denominator", "> 0")
+    tied_embed_lr = Setting("optimizer", 0.05, "learning rate of the embedding (Adam)", ">= 0")
+    matrix_lr = Setting("optimizer", 0.04, "learning rate of the blocks' matrices (Muon)", ">= 0")
+    scalar_lr = Setting("optimizer", 0.04, "learning rate of vectors, gains and skip weights (Adam)", ">= 0")
+    muon_momentum = Setting("optimizer", 0.95, "Muon: momentum after its warmup", ">= 0 and < 1")
+    muon_backend_steps = Setting("optimizer", 5, "Muon: Newton-Schulz iterations per update", ">= 0")
+    muon_momentum_warmup_start = Setting("optimizer", 0.85, "Muon: momentum at step 0", ">= 0 and < 1")
+    muon_momentum_warmup_steps = Setting("optimizer", 500, "Muon: steps until MUON_MOMENTUM; 0: constant", ">= 0")
     grad_clip_norm = Setting("optimizer", 0.0, "scale gradients down to this global norm; 0: off")
-
     def __init__(self) -> None:
-        vars(self).update({name: setting.read() for name, setting in settings_of(type(self)).items()})
-
-    @property
-    def train_files(self) -> str:
-        """Glob pattern of the training shards."""
-        return f"{self.data_path}/fineweb_train_*.bin"
-
-    @property
-    def val_files(self) -> str:
-        """Glob pattern of the validation shards."""
-        return f"{self.data_path}/fineweb_val_*.bin"
-
-    @property
-    def microbatch_tokens(self) -> int:
-        """Tokens of one of the GRAD_ACCUM_STEPS parts of a batch."""
-        return self.train_batch_tokens // self.grad_accum_steps
-
+        for name, setting in settings_of(type(self)).items():
+            with contextlib.suppress(InputError):
+                vars(self)[name] = setting.read()
+        if settings_of(type(self)).keys() - vars(self).keys():
+            read_inputs(self)  # raises InputError, which names all else that is wrong along with the unreadable text
+    train_files = property(lambda self: f"{self.data_path}/fineweb_train_*.bin", doc="Glob pattern of training shards.")
+    val_files = property(lambda self: f"{self.data_path}/fineweb_val_*.bin", doc="Glob pattern of those to score.")
+    microbatch_tokens = property(lambda self: self.train_batch_tokens // self.grad_accum_steps,
+                                 doc="Tokens of one of the GRAD_ACCUM_STEPS parts of a batch.")
     def lr_mul(self, step: int, elapsed_ms: float) -> float:
-        """Learning-rate multiplier after `step` steps and elapsed_ms of training: 1, then linearly down to 0.
-        With a wallclock cap the warmdown is WARMDOWN_ITERS steps, of the average length so far, before the cap.
-        So where fewer steps than that fit, every step after the first is scaled down."""
+        """Learning-rate multiplier after `step` steps and elapsed_ms of training: 1, then linearly down to 0. With a
+        cap the warmdown is WARMDOWN_ITERS steps of the mean length so far; where fewer fit, all but one are scaled."""
         if self.warmdown_iters <= 0:
             return 1.0
         if self.max_wallclock_seconds <= 0:
@@ -197,11 +187,8 @@ class Hyperparameters:
 
 class ModuleSettings:
     """The settings behind module constants: read at import, and no part of Hyperparameters."""
-    compute_dtype = Setting(
-        "platform", "auto", "of activations: auto (bfloat16 on a GPU, float32 on a CPU), bfloat16 or float32",
-        choices=("auto", "bfloat16", "float32"))
+    compute_dtype = Setting("platform", "auto", "bfloat16, float32, or auto: bfloat16 on a GPU, else float32")
     mlx_preload_blas = Setting("platform", True, "Linux: use OpenBLAS for products on the CPU where it is installed")
-
     control_tensor_name_patterns = Setting(
         "name lists",
         "attn_scale,attn_scales,mlp_scale,mlp_scales,resid_mix,resid_mixes,q_gain,skip_weight,skip_weights",
@@ -212,13 +199,20 @@ class ModuleSettings:
 
 MX_DTYPE_FROM_NAME = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 # auto: a GPU is fastest in bfloat16; on a CPU, MLX multiplies bfloat16 matrices in a slow loop of its own and float32
-# ones in BLAS. A value that is no choice must not break an import, so it counts as auto here; a run refuses it.
-COMPUTE_DTYPE = mx.bfloat16 if mx.default_device() == mx.Device(mx.gpu) else mx.float32
-if os.environ.get("COMPUTE_DTYPE") in ("bfloat16", "float32"):
-    COMPUTE_DTYPE = MX_DTYPE_FROM_NAME[os.environ["COMPUTE_DTYPE"]]
+# ones in BLAS. What is no choice must not break an import, so it counts as auto here; a run refuses it.
+COMPUTE_DTYPE = {"bfloat16": mx.bfloat16, "float32": mx.float32}.get(
+    ModuleSettings.compute_dtype, mx.bfloat16 if mx.default_device() == mx.Device(mx.gpu) else mx.float32)
 # An empty part of a list is dropped, for "" is in every name.
 CONTROL_TENSOR_NAME_PATTERNS = tuple(filter(None, ModuleSettings.control_tensor_name_patterns.split(",")))
 INT8_KEEP_FLOAT_FP32_NAME_PATTERNS = tuple(filter(None, ModuleSettings.int8_keep_float_fp32_name_patterns.split(",")))
+
+def misspelt_settings(owner: type = Hyperparameters) -> list[str]:
+    """A warning for each environment variable that is no setting, but has nine tenths of the letters of one."""
+    settings = [*settings_of(owner).values(), *settings_of(ModuleSettings).values()]
+    names = {name.replace("_", ""): name for s in settings for name in (s.variable, s.fallback) if name}
+    near = {name: difflib.get_close_matches(name.upper().replace("_", ""), names, 1, 0.9) for name in os.environ}
+    return [f"WARNING: {name} is set, but is no setting: was {names[found[0]]} meant?"
+            for name, found in near.items() if found and name not in names.values()]
 
 def help_text() -> str:
     """What --help prints: every setting, grouped, from the declarations above."""
@@ -232,66 +226,70 @@ def help_text() -> str:
         text += f"  {f'{setting.variable}={default}':<36}  {setting.meaning}{older}\n"
     return text.rstrip()
 
-
 # 2. Shards and streams ----------------------------------------------------------------------------------------
 # In: files of uint16 tokens. Out: an endless stream of (x, y) pairs in which y is x moved on by one token.
-
-LogFn = Callable[[str], None]
+LogFn = Callable[[str], Any]
 SHARD_MAGIC, SHARD_VERSION = 20240520, 1
 SHARD_HEADER_INTS = 256  # little-endian int32: magic, version, token count, then zeros
-HOW_TO_GET_DATA = (
-    "`python data/prepare.py` makes a sample data set; train on it with DATA_PATH=data/datasets/sample_sp1024 "
-    "TOKENIZER_PATH=data/tokenizers/sample_1024_bpe.model (README.md says how to fetch FineWeb)")
+HOW_TO_GET_DATA = ("`python data/prepare.py` makes a sample; train on it with DATA_PATH=data/datasets/sample_sp1024 "
+                   "TOKENIZER_PATH=data/tokenizers/sample_1024_bpe.model (README.md says how to fetch FineWeb)")
+
+def count_shard_tokens(path: Path | str, least: int = 0) -> int:
+    """The tokens in a shard, by its header. Raises InputError if file and header are not as load_data_shard says."""
+    header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
+    require(header.size == SHARD_HEADER_INTS, f"{path}: shorter than a shard's header, {4 * SHARD_HEADER_INTS} bytes")
+    magic, version, num_tokens = header[:3].tolist()
+    require((magic, version) == (SHARD_MAGIC, SHARD_VERSION),
+            f"{path}: magic {magic}, version {version} is no shard: {SHARD_MAGIC}, {SHARD_VERSION} is")
+    size, expected = os.path.getsize(path), header.nbytes + 2 * num_tokens
+    require(size == expected, f"{path}: has {size} bytes; with {num_tokens} tokens it must have {expected}")
+    require(num_tokens >= least, f"{path}: has no tokens: fetch it again, or remove it")
+    return num_tokens
 
 def load_data_shard(path: Path | str) -> np.ndarray:
     """Read one shard, a header and then as many little-endian uint16 tokens as it says: (tokens,) int32.
     Raises InputError, naming the file, for anything that is not exactly that."""
-    header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
-    if header.size < SHARD_HEADER_INTS:
-        raise InputError(f"{path}: too short for a shard's header of {4 * SHARD_HEADER_INTS} bytes")
-    magic, version, num_tokens = header[:3].tolist()
-    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
-        raise InputError(f"{path}: magic {magic}, version {version} is no shard: {SHARD_MAGIC}, {SHARD_VERSION} is")
-    expected_bytes, actual_bytes = header.nbytes + 2 * num_tokens, os.path.getsize(path)
-    if actual_bytes != expected_bytes:
-        raise InputError(f"{path}: has {actual_bytes} bytes; with {num_tokens} tokens it must have {expected_bytes}")
-    return np.fromfile(path, dtype="<u2", offset=header.nbytes).astype(np.int32)
+    count_shard_tokens(path)
+    return np.fromfile(path, dtype="<u2", offset=4 * SHARD_HEADER_INTS).astype(np.int32)
+
+def check_token_ids(tokens: np.ndarray, vocab_size: int, path: Path | str, start: int = 0) -> None:
+    """Raise InputError for an id that has no embedding: MLX would look it up. `start`: the first token's position."""
+    if tokens.size and tokens.max() >= vocab_size:
+        position = int(np.argmax(tokens >= vocab_size))
+        raise InputError(f"{path}: token {start + position} is {tokens[position]}, but VOCAB_SIZE={vocab_size}: "
+                         "the shard is damaged, or was made with a larger tokenizer")
 
 def find_shards(pattern: str) -> list[str]:
     """The files that match a glob pattern, sorted. Raises MissingFileError when there is none."""
     files = sorted(glob.glob(pattern))
-    if not files:
-        raise MissingFileError(f"no shards match {pattern}: {HOW_TO_GET_DATA}")
+    require(bool(files), f"no shards match {pattern}: set DATA_PATH, or make some: {HOW_TO_GET_DATA}", MissingFileError)
     return files
 
 class TokenStream:
-    """The tokens of all files of a pattern, in the order of their names, for ever.
-    Attributes: `files`; `file_idx`, `tokens` and `pos`, the open file and its next token; `epoch`, from 1. A file
-    is opened only when a token of it is asked for. Opening the first one again logs that an epoch starts."""
-    def __init__(self, pattern: str, log_fn: LogFn | None = None, dataset_name: str = "") -> None:
+    """The tokens of all files of a pattern, in the order of their names, for ever. Attributes: `files`; `file_idx`,
+    `tokens` and `pos`, the open file and its next token; `epoch`, from 1. A file is opened only when a token of it is
+    wanted, and a new epoch logged. Raises InputError for no shard, an empty one, and ids not below vocab_size."""
+    def __init__(self, pattern: str, log_fn: LogFn | None = None, dataset_name: str = "", vocab_size: int = 65_536):
         self.files = find_shards(pattern)
-        self.log_fn, self.dataset_name = log_fn, dataset_name
-        self.epoch, self.file_idx, self.pos = 1, 0, 0
-        self.tokens = load_data_shard(self.files[0])
-
-    def next_file(self) -> None:
-        """Open the next file, or the first one again."""
-        self.file_idx = (self.file_idx + 1) % len(self.files)
-        if self.file_idx == 0:
-            self.epoch += 1
-            if self.log_fn is not None:
-                dataset = f"dataset:{self.dataset_name} train_shards:{len(self.files)}"
-                self.log_fn(f"WARNING: starting epoch:{self.epoch} {dataset}")
-        self.tokens = load_data_shard(self.files[self.file_idx])
-        self.pos = 0
-
+        self.log_fn, self.dataset_name, self.vocab_size = log_fn, dataset_name, vocab_size
+        self.seek(file_idx=0, pos=0, epoch=1)
+    def seek(self, file_idx: int, pos: int, epoch: int) -> None:
+        """Open a file, and go on from its token `pos`."""
+        self.file_idx, self.pos, self.epoch = file_idx, pos, epoch
+        count_shard_tokens(self.files[file_idx], least=1)  # a stream of empty files would look for a token for ever
+        self.tokens = load_data_shard(self.files[file_idx])
     def take(self, n: int) -> np.ndarray:
         """The next n tokens, (n,) int32, from as many files as it takes."""
         parts = [np.empty(0, np.int32)]
         while n > 0:
             if self.pos >= len(self.tokens):
-                self.next_file()
+                file_idx = (self.file_idx + 1) % len(self.files)
+                if file_idx == 0 and self.log_fn is not None:
+                    dataset = f"dataset:{self.dataset_name} train_shards:{len(self.files)}"
+                    self.log_fn(f"WARNING: starting epoch:{self.epoch + 1} {dataset}")
+                self.seek(file_idx, 0, self.epoch + (file_idx == 0))
             part = self.tokens[self.pos : self.pos + n]
+            check_token_ids(part, self.vocab_size, self.files[self.file_idx], self.pos)
             self.pos += len(part)
             n -= len(part)
             parts.append(part)
@@ -299,66 +297,76 @@ class TokenStream:
 
 class TokenLoader:
     """Cuts a TokenStream, its attribute `stream`, into batches for the model."""
-    def __init__(self, pattern: str, log_fn: LogFn | None = None, dataset_name: str = "") -> None:
-        self.stream = TokenStream(pattern, log_fn, dataset_name)
-
+    def __init__(self, pattern: str, log_fn: LogFn | None = None, dataset_name: str = "", vocab_size: int = 65_536):
+        self.stream = TokenStream(pattern, log_fn, dataset_name, vocab_size)
     def next_batch(self, batch_tokens: int, seq_len: int) -> tuple[mx.array, mx.array]:
         """Inputs and targets, (batch_tokens // seq_len, seq_len) int32 each. InputError when that is no sequence.
         The stream gives one token more, the last target, so that batches do not overlap."""
         num_tokens = batch_tokens // seq_len * seq_len
-        if num_tokens <= 0:
-            raise InputError(f"a batch of {batch_tokens} tokens has no room for a sequence of {seq_len}")
+        require(num_tokens > 0, f"a batch of {batch_tokens} tokens has no room for a sequence of {seq_len}")
         tokens = self.stream.take(num_tokens + 1)
         return mx.array(tokens[:-1].reshape(-1, seq_len)), mx.array(tokens[1:].reshape(-1, seq_len))
 
-def load_validation_tokens(pattern: str, seq_len: int) -> np.ndarray:
+def load_validation_tokens(pattern: str, seq_len: int, vocab_size: int = 65_536) -> np.ndarray:
     """All validation shards as one array, (k * seq_len + 1,) int32, with k as large as it can be.
-    Raises MissingFileError when no file matches, InputError when k is 0."""
-    tokens = np.concatenate([load_data_shard(path) for path in find_shards(pattern)])
+    Raises MissingFileError when no file matches, InputError when k is 0, and what TokenStream refuses."""
+    stream = TokenStream(pattern, vocab_size=vocab_size)
+    tokens = stream.take(sum(count_shard_tokens(path) for path in stream.files))
     num_seqs = (len(tokens) - 1) // seq_len
-    if num_seqs <= 0:
-        raise InputError(f"{pattern}: {len(tokens)} tokens are too few for a sequence of TRAIN_SEQ_LEN={seq_len}")
+    require(num_seqs > 0, f"{pattern}: {len(tokens)} tokens are too few for a sequence of TRAIN_SEQ_LEN={seq_len}")
     return tokens[: num_seqs * seq_len + 1]
 
 def validate_dataset_tokenizer_pair(data_path: str, tokenizer_path: str) -> tuple[str, int, int | None]:
     """Check the data set against the manifest.json two folders above it, where there is one that lists it.
-    Returns (name of the data set, training shards present, training shards expected or None). Raises InputError
-    when it was made with a tokenizer of another file name, or has more shards than the manifest counts."""
+    Returns (name of the data set, training shards present, training shards expected or None). Raises InputError for a
+    tokenizer of another file name, more shards than the manifest counts, or a manifest that lacks what is needed."""
     dataset_dir = Path(os.path.abspath(data_path))
     name, present = dataset_dir.name, len(list(dataset_dir.glob("fineweb_train_*.bin")))
     manifest_path = dataset_dir.parent.parent / "manifest.json"
     if not manifest_path.is_file():
         return name, present, None
+    def get(of: Any, key: str, kind: type, default: Any = None) -> Any:
+        value = of.get(key, default) if isinstance(of, dict) else None
+        require(isinstance(value, kind), f"{manifest_path}: mend or move it: no {kind.__name__} {key!r} in {of!s:.60}")
+        return value
     try:
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{manifest_path}: not valid JSON ({error})") from None
-    entry = next((entry for entry in manifest.get("datasets", []) if entry.get("name") == name), {})
-    listed = (item for item in manifest.get("tokenizers", []) if item.get("name") == entry.get("tokenizer_name"))
-    tokenizer = next(listed, {}) if entry else {}
-    made_with = Path(tokenizer.get("model_path") or tokenizer.get("path") or "").name
-    if made_with and made_with != Path(tokenizer_path).name:
-        raise InputError(f"TOKENIZER_PATH={tokenizer_path}: {manifest_path} says that {name} was made with {made_with}")
-    expected = entry.get("stats", {}).get("files_train")
-    if expected is not None and present > int(expected):
-        raise InputError(f"DATA_PATH={data_path}: {present} training shards, but {manifest_path} counts {expected}")
-    return name, present, None if expected is None else int(expected)
-
+    entry = next((entry for entry in get(manifest, "datasets", list) if get(entry, "name", str) == name), None)
+    if entry is None:
+        return name, present, None
+    made_by = get(entry, "tokenizer_name", str, default="")
+    expected = get(get(entry, "stats", dict), "files_train", int) if "stats" in entry or not made_by else None
+    listed = {get(item, "name", str): item for item in get(manifest, "tokenizers", list, default=[])}.get(made_by, {})
+    made_with = Path(str(listed.get("model_path") or listed.get("path") or "")).name
+    require(made_with in ("", Path(tokenizer_path).name),
+            f"TOKENIZER_PATH={tokenizer_path}: {manifest_path} says that {name} was made with {made_with}")
+    require(expected is None or present <= expected,
+            f"DATA_PATH={data_path}: {present} training shards, but {manifest_path} counts {expected}")
+    return name, present, expected
 
 # 3. Bytes per token -------------------------------------------------------------------------------------------
 # In: the tokenizer. Out: tables, indexed by token id, that say how many bytes of text a token stands for. Unlike
 # the loss per token, bits per byte compare across tokenizers.
+def load_tokenizer(path: str, vocab_size: int) -> spm.SentencePieceProcessor:
+    """The SentencePiece model in a .model file. Raises InputError for anything else, or one of another size."""
+    require(str(path).endswith(".model"), f"TOKENIZER_PATH={path}: must be a SentencePiece model, ending in .model")
+    require(Path(path).is_file(), f"TOKENIZER_PATH={path}: no such file: {HOW_TO_GET_DATA}", MissingFileError)
+    try:
+        tokenizer = spm.SentencePieceProcessor(model_proto=Path(path).read_bytes())
+    except RuntimeError:
+        raise InputError(f"TOKENIZER_PATH={path}: is not a SentencePiece model: {HOW_TO_GET_DATA}") from None
+    has = tokenizer.vocab_size()
+    require(has == vocab_size, f"VOCAB_SIZE={vocab_size}, but TOKENIZER_PATH={path} has {has} pieces")
+    return tokenizer
 
-ByteTables = tuple[np.ndarray, np.ndarray, np.ndarray]
-
-def build_sentencepiece_luts(sp: spm.SentencePieceProcessor, vocab_size: int) -> ByteTables:
+def build_sentencepiece_luts(sp: spm.SentencePieceProcessor, vocab_size: int) -> tuple[np.ndarray, ...]:
     """Tables (max(tokenizer's size, vocab_size),): base bytes int16, has leading space bool, is boundary bool.
     The piece "\u2581the" has 3 base bytes and a leading space. That space is a byte of text unless the token before
     is a boundary, that is, stands for no text itself: begin of document, padding, ids beyond the tokenizer."""
     size = max(sp.vocab_size(), vocab_size)
-    base_bytes = np.zeros(size, dtype=np.int16)
-    has_leading_space = np.zeros(size, dtype=np.bool_)
-    is_boundary = np.ones(size, dtype=np.bool_)
+    base_bytes, has_leading_space, is_boundary = np.zeros(size, np.int16), np.zeros(size, bool), np.ones(size, bool)
     for token_id in range(sp.vocab_size()):
         if sp.is_control(token_id) or sp.is_unknown(token_id) or sp.is_unused(token_id):
             continue
@@ -369,11 +377,9 @@ def build_sentencepiece_luts(sp: spm.SentencePieceProcessor, vocab_size: int) ->
         base_bytes[token_id] = 1 if sp.is_byte(token_id) else len(text.encode("utf-8"))  # a byte is spelled <0x0A>
     return base_bytes, has_leading_space, is_boundary
 
-
 # 4. Model -----------------------------------------------------------------------------------------------------
 # In: token ids (batch, seq). Out: hidden states (batch, seq, dim), and from them the loss in nats. Activations and
 # the embedding are in COMPUTE_DTYPE; other weights are float32 and are cast to it where they are used.
-
 def rms_norm(x: mx.array, eps: float = 1e-6) -> mx.array:
     """x / sqrt(mean(x^2) + eps) over the last axis, without a weight (arXiv:1910.07467), in x's dtype."""
     # mx.fast.rms_norm is float32 inside: close, but bfloat16 runs would no longer repeat the baseline's digits.
@@ -389,39 +395,35 @@ class CastedLinear(nn.Module):
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
         self.weight = nn.Linear(in_dim, out_dim, bias=False).weight.astype(mx.float32)
-
     def __call__(self, x: mx.array) -> mx.array:
         return x @ self.weight.astype(x.dtype).T
+
+def split_heads(dim: int, num_heads: int, num_kv_heads: int) -> int:
+    """Width of one head. Raises InputError for dimensions that do not divide."""
+    require(dim % num_heads == 0, f"MODEL_DIM={dim} must be a multiple of NUM_HEADS={num_heads}")
+    require(num_heads % num_kv_heads == 0, f"NUM_HEADS={num_heads} must be a multiple of NUM_KV_HEADS={num_kv_heads}")
+    require(dim // num_heads % 2 == 0, f"MODEL_DIM={dim} / NUM_HEADS={num_heads} must be even: RoPE turns pairs")
+    return dim // num_heads
 
 class CausalSelfAttention(nn.Module):
     """Causal attention with grouped key/value heads (arXiv:2305.13245) and rotary positions (arXiv:2104.09864).
     Queries and keys are normalised, so that scores cannot grow with the weights (arXiv:2010.04245); q_gain learns
-    how sharp each head is instead. Raises InputError for dimensions that do not divide."""
+    how sharp each head is instead. Raises InputError as split_heads does."""
     def __init__(self, dim: int, num_heads: int, num_kv_heads: int, rope_base: float, qk_gain_init: float) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise InputError(f"MODEL_DIM={dim} must be a multiple of NUM_HEADS={num_heads}")
-        if num_heads % num_kv_heads:
-            raise InputError(f"NUM_HEADS={num_heads} must be a multiple of NUM_KV_HEADS={num_kv_heads}")
-        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim // num_heads
-        if self.head_dim % 2:
-            raise InputError(f"MODEL_DIM / NUM_HEADS = {self.head_dim} must be even: rotary positions turn pairs")
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.head_dim = split_heads(dim, num_heads, num_kv_heads)
         kv_dim = num_kv_heads * self.head_dim
-        self.c_q = CastedLinear(dim, dim)
-        self.c_k = CastedLinear(dim, kv_dim)
-        self.c_v = CastedLinear(dim, kv_dim)
-        self.proj = CastedLinear(dim, dim)
+        self.c_q, self.c_k = CastedLinear(dim, dim), CastedLinear(dim, kv_dim)
+        self.c_v, self.proj = CastedLinear(dim, kv_dim), CastedLinear(dim, dim)
         self.q_gain = mx.full((num_heads,), qk_gain_init, dtype=mx.float32)
         self.rope = nn.RoPE(self.head_dim, traditional=False, base=rope_base)
         self.scale = self.head_dim**-0.5
-
     def __call__(self, x: mx.array) -> mx.array:
         """(batch, seq, dim) -> (batch, seq, dim)"""
         batch, seq, dim = x.shape
-
         def heads(y: mx.array, count: int) -> mx.array:  # -> (batch, count, seq, head_dim)
             return y.reshape(batch, seq, count, self.head_dim).transpose(0, 2, 1, 3)
-
         q, k = heads(self.c_q(x), self.num_heads), heads(self.c_k(x), self.num_kv_heads)
         v = heads(self.c_v(x), self.num_kv_heads)
         q = self.rope(rms_norm(q).astype(COMPUTE_DTYPE))
@@ -436,7 +438,6 @@ class MLP(nn.Module):
         super().__init__()
         self.fc = CastedLinear(dim, dim * mlp_mult)
         self.proj = CastedLinear(dim * mlp_mult, dim)
-
     def __call__(self, x: mx.array) -> mx.array:
         """(batch, seq, dim) -> (batch, seq, dim)"""
         return self.proj(mx.square(nn.relu(self.fc(x))))
@@ -450,10 +451,8 @@ class Block(nn.Module):
         self.attn_norm, self.mlp_norm = RMSNormNoWeight(), RMSNormNoWeight()
         self.attn = CausalSelfAttention(dim, num_heads, num_kv_heads, rope_base, qk_gain_init)
         self.mlp = MLP(dim, mlp_mult)
-        self.attn_scale = mx.ones((dim,), dtype=mx.float32)
-        self.mlp_scale = mx.ones((dim,), dtype=mx.float32)
+        self.attn_scale, self.mlp_scale = mx.ones((dim,)), mx.ones((dim,))
         self.resid_mix = mx.stack([mx.ones((dim,)), mx.zeros((dim,))])
-
     def __call__(self, x: mx.array, x0: mx.array) -> mx.array:
         """x and x0 are (batch, seq, dim); so is the result."""
         mix = self.resid_mix.astype(x.dtype)
@@ -471,8 +470,7 @@ class GPT(nn.Module):
                  logit_chunk_tokens: int, logit_softcap: float, rope_base: float, tied_embed_init_std: float,
                  qk_gain_init: float) -> None:
         super().__init__()
-        if logit_softcap <= 0.0:
-            raise InputError(f"LOGIT_SOFTCAP={logit_softcap} must be above 0")
+        require(logit_softcap > 0.0, f"LOGIT_SOFTCAP={logit_softcap} must be above 0")
         self.logit_chunk_tokens, self.logit_softcap = logit_chunk_tokens, logit_softcap
         self.num_encoder_layers = num_layers // 2
         self.num_decoder_layers = num_layers - self.num_encoder_layers
@@ -489,7 +487,6 @@ class GPT(nn.Module):
             block.mlp.proj.weight = mx.zeros_like(block.mlp.proj.weight)
         embedding = mx.random.normal(self.tok_emb.weight.shape, dtype=mx.float32) * tied_embed_init_std
         self.tok_emb.weight = embedding.astype(COMPUTE_DTYPE)
-
     def __call__(self, input_ids: mx.array) -> mx.array:
         """Token ids (batch, seq) -> normalised hidden states (batch, seq, dim) in COMPUTE_DTYPE."""
         x = x0 = rms_norm(self.tok_emb(input_ids).astype(COMPUTE_DTYPE))
@@ -502,11 +499,9 @@ class GPT(nn.Module):
                 x = x + self.skip_weights[i].astype(x.dtype) * skips.pop()
             x = block(x, x0)
         return self.final_norm(x)
-
     def softcap(self, logits: mx.array) -> mx.array:
         """Squash logits smoothly into (-cap, cap), so that no token becomes certain (arXiv:2408.00118)."""
         return self.logit_softcap * mx.tanh(logits / self.logit_softcap)
-
     def loss(self, input_ids: mx.array, target_ids: mx.array) -> mx.array:
         """Mean cross-entropy in nats, a float32 scalar, for ids (batch, seq) and the ids that follow them.
         The logits (tokens, vocab_size) are the largest array of all; logit_chunk_tokens > 0 makes them in parts."""
@@ -521,11 +516,9 @@ class GPT(nn.Module):
             total = total + losses.sum()
         return total / num_tokens
 
-
 # 5. Optimizers ------------------------------------------------------------------------------------------------
 # In: parameters and their gradients. Out: new parameters. Muon for the matrices of the blocks, Adam for the
 # embedding and all that is a vector. Parameters travel in flat dicts: {"blocks.0.mlp.fc.weight": array, ...}.
-
 FlatParams = dict[str, mx.array]
 
 def zeropower_newtonschulz5(g: mx.array, steps: int, eps: float = 1e-7) -> mx.array:
@@ -548,7 +541,6 @@ class Muon:
     def __init__(self, keys: list[str], params: FlatParams, args: Hyperparameters) -> None:
         self.keys, self.args = keys, args
         self.buffers = {key: mx.zeros_like(params[key]) for key in keys}
-
     def step(self, params: FlatParams, grads: FlatParams, step: int, lr_mul: float) -> FlatParams:
         """New values of this optimizer's keys; `step` counts from 0."""
         args = self.args
@@ -577,22 +569,19 @@ class SplitOptimizers:
         self.scalar_keys = ["skip_weights"] if "skip_weights" in params else []
         self.scalar_keys += [key for key, param in blocks.items() if param.ndim < 2 or key in control]
         unowned = sorted(params.keys() - {self.embed_key, *self.matrix_keys, *self.scalar_keys})
-        if unowned:
-            raise InputError(f"no optimizer trains {', '.join(unowned)}: give each a place in SplitOptimizers")
+        require(not unowned, f"no optimizer trains {', '.join(unowned)}: give each a place in SplitOptimizers")
         self.muon = Muon(self.matrix_keys, params, args)
         self.adam_embed, self.adam_scalar = (
             optim.Adam(learning_rate, betas=[args.beta1, args.beta2], eps=args.adam_eps, bias_correction=True)
-            for learning_rate in (args.tied_embed_lr, args.scalar_lr)
-        )
-
+            for learning_rate in (args.tied_embed_lr, args.scalar_lr))
+        self.adam_embed.init({self.embed_key: params[self.embed_key]})
+        self.adam_scalar.init({key: params[key] for key in self.scalar_keys})
     def step(self, model: GPT, grads_tree: dict, step: int, lr_mul: float) -> None:
         """Update the model; `step` counts from 0. MLX is lazy: the work is done when the parameters are evaluated."""
         params, grads = dict(tree_flatten(model.parameters())), dict(tree_flatten(grads_tree))
         updated = self.muon.step(params, grads, step, lr_mul)
-        for adam, learning_rate, keys in (
-            (self.adam_embed, self.args.tied_embed_lr, [self.embed_key]),
-            (self.adam_scalar, self.args.scalar_lr, self.scalar_keys),
-        ):
+        for adam, learning_rate, keys in ((self.adam_embed, self.args.tied_embed_lr, [self.embed_key]),
+                                          (self.adam_scalar, self.args.scalar_lr, self.scalar_keys)):
             adam.learning_rate = learning_rate * lr_mul
             updated |= adam.apply_gradients({key: grads[key] for key in keys}, {key: params[key] for key in keys})
         model.update(tree_unflatten(list(updated.items())))
@@ -607,11 +596,9 @@ def clip_grad_tree(grads_tree: dict, max_norm: float) -> dict:
     scale = max_norm / (norm + 1e-12)
     return tree_map(lambda grad: (grad * scale).astype(grad.dtype), grads_tree) if norm > max_norm else grads_tree
 
-
 # 6. Batches within a step -------------------------------------------------------------------------------------
 # In: the loader. Out: loss and gradients of one optimizer step, averaged over its microbatches and their chunks,
 # weighted by tokens. However large the batch, only one chunk's activations are in memory at a time.
-
 Loss = Callable[[mx.array, mx.array], mx.array]
 LossAndGrad = Callable[[mx.array, mx.array], tuple[mx.array, dict]]
 
@@ -619,9 +606,7 @@ def token_chunks(total_tokens: int, seq_len: int, max_chunk_tokens: int) -> list
     """Sizes in tokens of the chunks that total_tokens is computed in; what fills no sequence is left out.
     Each is whole sequences, at most max_chunk_tokens, but at least one. Raises InputError when there is none."""
     total_seqs, chunk_seqs = total_tokens // seq_len, max(max_chunk_tokens // seq_len, 1)
-    if total_seqs <= 0:
-        raise InputError(f"a microbatch (TRAIN_BATCH_TOKENS / GRAD_ACCUM_STEPS) of {total_tokens} tokens has no room "
-                         f"for a sequence of TRAIN_SEQ_LEN={seq_len}")
+    require(total_seqs > 0, f"a microbatch of {total_tokens} tokens has no sequence of TRAIN_SEQ_LEN={seq_len}")
     return [min(chunk_seqs, total_seqs - done) * seq_len for done in range(0, total_seqs, chunk_seqs)]
 
 def accumulate_flat_grads(accum: FlatParams | None, grads_tree: dict, scale: float) -> FlatParams:
@@ -656,26 +641,23 @@ def loss_and_grad_step(args: Hyperparameters, train_loader: TokenLoader,
     loss, grads = weighted_mean(microbatches, args.mlx_eager_eval)
     return loss, clip_grad_tree(grads, args.grad_clip_norm)
 
-
 # 7. Evaluation ------------------------------------------------------------------------------------------------
 # In: a loss function and the validation tokens. Out: val_loss, nats per token, and val_bpb, bits per byte of
 # text: training lowers the one, the challenge is scored by the other.
-
-def val_batch_seqs(args: Hyperparameters) -> int:
-    """Sequences in one validation batch. Raises InputError when there is none."""
-    batch_tokens = args.val_batch_size // args.grad_accum_steps
-    if batch_tokens < args.train_seq_len:
-        raise InputError(f"VAL_BATCH_SIZE={args.val_batch_size} over GRAD_ACCUM_STEPS={args.grad_accum_steps} is "
-                         f"{batch_tokens} tokens: must be at least TRAIN_SEQ_LEN={args.train_seq_len}")
-    return batch_tokens // args.train_seq_len
+def microbatch_seqs(variable: str, tokens: int, args: Hyperparameters) -> int:
+    """Whole sequences in one of GRAD_ACCUM_STEPS parts of `variable` tokens. Raises InputError when there is none."""
+    part, steps, seq_len = tokens // args.grad_accum_steps, args.grad_accum_steps, args.train_seq_len
+    require(part >= seq_len, f"{variable}={tokens} over GRAD_ACCUM_STEPS={steps} is {part} tokens: "
+                             f"must be at least TRAIN_SEQ_LEN={seq_len}")
+    return part // seq_len
 
 def eval_val(args: Hyperparameters, compiled_loss: Loss, val_tokens: np.ndarray, base_bytes_lut: np.ndarray,
              has_leading_space_lut: np.ndarray, is_boundary_token_lut: np.ndarray,
              log_fn: LogFn | None = None) -> tuple[float, float]:
     """Score all of val_tokens, (k * seq_len + 1,): (val_loss in nats per token, val_bpb in bits per byte).
     compiled_loss(x, y) is the mean loss of a batch (seqs, seq_len); the tables are those of section 3. Raises
-    InputError when a batch has no room for one sequence."""
-    seq_len, batch_seqs = args.train_seq_len, val_batch_seqs(args)
+    InputError when a batch has no room for one sequence, or the tokens stand for no text."""
+    seq_len, batch_seqs = args.train_seq_len, microbatch_seqs("VAL_BATCH_SIZE", args.val_batch_size, args)
     total_seqs = (len(val_tokens) - 1) // seq_len
     num_batches = math.ceil(total_seqs / batch_seqs)
     loss_sum, num_bytes, num_tokens = 0.0, 0, total_seqs * seq_len
@@ -689,39 +671,35 @@ def eval_val(args: Hyperparameters, compiled_loss: Loss, val_tokens: np.ndarray,
         num_bytes += int(base_bytes_lut[target].sum(dtype=np.int64)) + int(spaces.sum())
         if log_fn is not None and num_batches > 1 and (i in (1, num_batches) or i % 25 == 0):
             log_fn(f"val_progress:{i}/{num_batches}")
+    require(num_bytes > 0, f"the {num_tokens} validation tokens stand for no bytes of text, so there is no score")
     val_loss = loss_sum / num_tokens
     return val_loss, val_loss / math.log(2.0) * (num_tokens / num_bytes)
-
 
 # 8. Compression -----------------------------------------------------------------------------------------------
 # In: the model's state, a flat dict. Out: an object of NumPy arrays, int8 where they are large and float16 or
 # float32 elsewhere, and the way back. The format, int8_clean_per_row_v1, is shared with other implementations.
-
+QUANT_FORMAT = "int8_clean_per_row_v1"
 INT8_KEEP_FLOAT_MAX_NUMEL = 65_536  # tensors of at most so many elements stay floating
 INT8_KEEP_FLOAT_STORE_DTYPE = np.float16
 INT8_PER_ROW_SCALE_DTYPE = np.float16
 INT8_CLIP_PERCENTILE = 99.99984  # of the magnitudes: a few outliers must not coarsen all the others
 INT8_CLIP_Q = INT8_CLIP_PERCENTILE / 100.0
 
-def float32_numpy(arr: mx.array) -> np.ndarray:
-    """The array in NumPy, which has no bfloat16, as float32."""
-    return np.array(arr.astype(mx.float32))
-
 def keep_float_array(name: str, arr: mx.array, passthrough_orig_dtypes: dict[str, str]) -> np.ndarray:
     """How a small floating array is stored: control tensors float32, others float16.
     Adds to passthrough_orig_dtypes the dtype that a float16 copy is to be restored to."""
     if any(pattern in name for pattern in INT8_KEEP_FLOAT_FP32_NAME_PATTERNS):
-        return float32_numpy(arr)
+        return np.array(arr.astype(mx.float32))
     if arr.dtype in (mx.float32, mx.bfloat16):
         passthrough_orig_dtypes[name] = str(arr.dtype).removeprefix("mlx.core.")
-        return float32_numpy(arr).astype(INT8_KEEP_FLOAT_STORE_DTYPE)
+        return np.array(arr.astype(mx.float32)).astype(INT8_KEEP_FLOAT_STORE_DTYPE)
     return np.array(arr)
 
 def quantize_float_array(arr: mx.array) -> tuple[np.ndarray, np.ndarray]:
     """Round to whole multiples of a scale: (int8 array, scale).
     A matrix (rows, cols) has a float16 scale per row, (rows,); any other shape one float32 scale, (). The rows'
     floor of 1/127 is coarse for small weights; it is part of the format, as is rounding by the float32 scale."""
-    w = float32_numpy(arr)
+    w = np.array(arr.astype(mx.float32))  # NumPy has no bfloat16
     per_row = w.ndim == 2
     axis = 1 if per_row else None
     clip = np.quantile(np.abs(w), INT8_CLIP_Q, axis=axis) if w.size else np.zeros(w.shape[:1] if per_row else ())
@@ -738,7 +716,7 @@ def quantize_float_array(arr: mx.array) -> tuple[np.ndarray, np.ndarray]:
 def quantize_state_dict_int8(flat_state: FlatParams) -> tuple[dict[str, Any], dict[str, int]]:
     """(object of NumPy arrays to pickle, statistics): large floating tensors in int8, the rest passed through.
     Small tensors cost few bytes and suffer most, so they stay floating; what is no float is kept as it is."""
-    obj: dict[str, Any] = {"__quant_format__": "int8_clean_per_row_v1"}
+    obj: dict[str, Any] = {"__quant_format__": QUANT_FORMAT}
     obj |= {part: {} for part in ("quantized", "scales", "dtypes", "passthrough", "qmeta", "passthrough_orig_dtypes")}
     num_nonfloat = 0
     for name, arr in flat_state.items():
@@ -757,8 +735,7 @@ def quantize_state_dict_int8(flat_state: FlatParams) -> tuple[dict[str, Any], di
         "param_count": sum(arr.size for arr in flat_state.values()), "num_tensors": len(flat_state),
         "num_float_tensors": len(obj["quantized"]), "num_nonfloat_tensors": num_nonfloat,
         "baseline_tensor_bytes": sum(arr.nbytes for arr in flat_state.values()),
-        "int8_payload_bytes": sum(arr.nbytes for arr in payload),
-    }
+        "int8_payload_bytes": sum(arr.nbytes for arr in payload)}
     optional = ("qmeta", "passthrough_orig_dtypes")  # the format leaves these out when they are empty
     return {key: value for key, value in obj.items() if value or key not in optional}, stats
 
@@ -774,14 +751,81 @@ def dequantize_state_dict_int8(quant_obj: dict[str, Any]) -> FlatParams:
         state[name] = arr.astype(MX_DTYPE_FROM_NAME[original_dtypes[name]]) if name in original_dtypes else arr
     return state
 
+def unpickle(data: bytes) -> Any:
+    """The object in a pickle of plain containers and NumPy arrays; InputError, by name, for anything else. A pickle
+    calls what it names, so a stranger's could run their code, and NumPy's own way back trusts the file with sizes and
+    flags. Here a name leads to a note of the call, and from the notes arrays are made."""
+    class Note(list):  # the name, its arguments, and then the state that the result is given
+        __setstate__ = list.append
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            known = r"numpy\.(dtype|ndarray|_?core\.(multiarray\.(_reconstruct|scalar)|numeric\._frombuffer))"
+            require(re.fullmatch(known, f"{module}.{name}") is not None,  # core was NumPy 1's, _core is NumPy 2's
+                    f"it would run {module}.{name}: only NumPy arrays and plain containers are let in")
+            return lambda *arguments: Note([name, *arguments])
+    def plain(node: Any) -> Any:
+        if not isinstance(node, Note):
+            return {key: plain(value) for key, value in node.items()} if isinstance(node, dict) else node
+        if node[0] == "_reconstruct":  # (ndarray, (0,), b"b"), with the state (1, shape, dtype, is_fortran, bytes)
+            _, shape, dtype, order, buffer = node[-1]
+        else:  # scalar(dtype, buffer) or _frombuffer(buffer, dtype, shape, order)
+            buffer, dtype, shape, order = (*node[:0:-1], (), "C") if node[0] == "scalar" else node[1:]
+        code = dtype[-1][1] + dtype[1]  # dtype("f4", False, True), with the state (3, "<", ...)
+        require(re.fullmatch("[<>|]([iu][1248]|f[248]|b1)", code) is not None, f"it has an array of dtype {code!r}")
+        return np.frombuffer(buffer, code).reshape(shape, order="F" if order in (True, "F") else "C")
+    for opcode, argument, _ in pickletools.genops(data):  # runs nothing, and refuses lengths beyond the data
+        require(not opcode.name.endswith("PUT") or argument <= len(data), "it asks for a table larger than itself")
+    return plain(Unpickler(io.BytesIO(data)).load())
+
+def check_arrays(found: dict[str, Any], expected: FlatParams) -> None:
+    """Raise InputError unless both have the same names and shapes, and the one has floats where the other has."""
+    there, wanted = ({name: re.sub("b?float(16|32)", "floating", f"{array.dtype} {tuple(array.shape)}")
+                      for name, array in arrays.items()} for arrays in (found, expected))
+    wrong = [f"{name} is {there.get(name, 'absent')} and must be {wanted.get(name, 'absent')}"
+             for name in wanted | there if there.get(name) != wanted.get(name)]
+    require(not wrong, "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if wrong[3:] else ""))
+
+def load_flat_state(path: Path, params: FlatParams) -> FlatParams:
+    """The weights in a .npz or .int8.ptz file, whoever made it, for a model with these parameters; in the file's own
+    dtypes. Raises InputError, naming the file, for one that is damaged, foreign, or of another model."""
+    limit = 65_536 + sum(8 * param.size + 1024 for param in params.values())  # bytes; even float64 would fit
+    too_large = f"it holds more than {limit} bytes, and no model of these settings does"
+    try:
+        if path.suffix == ".npz":
+            with zipfile.ZipFile(path) as archive:
+                require(sum(entry.file_size for entry in archive.infolist()) <= limit, too_large)
+                require(archive.testzip() is None, "it is damaged")
+            state = mx.load(str(path))
+        else:
+            require(path.stat().st_size <= limit, too_large)
+            decompressor = zlib.decompressobj()
+            raw = decompressor.decompress(path.read_bytes(), limit + 1)
+            require(len(raw) <= limit, too_large)
+            require(decompressor.eof, "it is cut off")
+            obj = unpickle(raw)
+            require(obj.get("__quant_format__") == QUANT_FORMAT, f"its format tag is not {QUANT_FORMAT!r}")
+            for name, q in obj["quantized"].items():
+                require(q.dtype == np.int8 and obj["scales"][name].shape in ((), q.shape[:1]),
+                        f"{name} is not an int8 array with a scale for each row or one for all")
+            state = dequantize_state_dict_int8(obj)
+        check_arrays(state, params)
+        return state
+    except Exception as error:  # whatever a damaged file makes of its readers
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise InputError(f"{path}: is no model that can be scored: {reason}") from None
 
 # 9. The run ---------------------------------------------------------------------------------------------------
 # In: the settings. Out: a log, the weights (.npz), the compressed model (.int8.ptz) and its score. Only this section
 # writes files, and it alone knows all the others.
-
 CODE_PATH = Path(__file__)
-NPZ_SUFFIX, ARTIFACT_SUFFIX = "_mlx_model.npz", "_mlx_model.int8.ptz"
+SUFFIXES = ".txt", "_checkpoint.safetensors", "_mlx_model.npz", "_mlx_model.int8.ptz"  # of a run's files
+LOG_SUFFIX, CHECKPOINT_SUFFIX, NPZ_SUFFIX, ARTIFACT_SUFFIX = SUFFIXES
+CHECKPOINT_FORMAT = "parameter_golf_mlx_checkpoint_v1"
 SUBMISSION_CAP_BYTES = 16_000_000  # for this file and the compressed model together
+# What may differ when a run is resumed. Data and tokenizer may have moved, so they are compared by their content.
+RESUMABLE = {
+    "data_path", "tokenizer_path", "run_id", "out_dir", "resume", "eval_artifact", "iterations", "warmup_steps",
+    "max_wallclock_seconds", "checkpoint_every", "val_loss_every", "val_max_tokens", "train_log_every"}
 
 @dataclass
 class Inputs:
@@ -789,12 +833,14 @@ class Inputs:
     dataset_name: str
     train_shards: int
     expected_train_shards: int | None
-    val_tokens: np.ndarray  # (k * seq_len + 1,) int32
-    byte_tables: ByteTables
+    val_tokens: np.ndarray  # (k * seq_len + 1,) int32, those to be scored
+    byte_tables: tuple[np.ndarray, ...]
+    num_val_tokens: int = 0  # that VAL_MAX_TOKENS chose from
+    val_checksum: int = 0
 
 @dataclass
 class Run:
-    """What the stages of a run share."""
+    """What the stages of a run share, and how far it has come."""
     args: Hyperparameters
     inputs: Inputs
     log: LogFn
@@ -802,55 +848,174 @@ class Run:
     optimizers: SplitOptimizers
     compiled_loss: Loss
     compiled_loss_and_grad: LossAndGrad
+    step: int = 0
+    train_ms: float = 0.0
+    position: tuple[int, int, int] = (0, 0, 1)  # of the loader: file, offset, epoch
+    checkpointed_step: int = 0
+    saved: tuple[Path, ...] = ()  # what there is of this run, but for the log
+    signal: str = ""  # the first that came
+    answered: bool = False  # training ended for it, and a score is being made
+    def path(self, suffix: str) -> Path:
+        """A file of this run."""
+        return Path(self.args.out_dir, self.args.run_id + suffix)
+    def is_trained(self) -> bool:
+        """Whether ITERATIONS or the wallclock cap is reached."""
+        return self.step >= self.args.iterations or 0.0 < 1000.0 * self.args.max_wallclock_seconds <= self.train_ms
+    def safe_point(self, stage: str) -> None:
+        """Raise KeyboardInterrupt if a signal has come that training did not end for."""
+        saved = ", ".join(map(str, self.saved)) or "nothing"
+        message = f"interrupted by {self.signal} during {stage}: no score; saved: {saved}"
+        require(not self.signal or self.answered, message, KeyboardInterrupt)
+
+def path_problems(args: Hyperparameters) -> Iterator[str]:
+    """What is wrong with names and paths."""
+    run_id, out_dir = args.run_id, Path(os.path.abspath(args.out_dir))
+    if "/" in run_id or run_id in (".", "..") or not run_id.isprintable() or len(run_id.encode()) > 200:
+        yield f"RUN_ID={run_id!r:.250}: must be printable, without a slash, and of at most 200 bytes"
+    if args.resume == "auto" and "RUN_ID" not in os.environ:
+        yield "RESUME=auto: set RUN_ID, to say whose checkpoint is meant"
+    if args.resume and args.eval_artifact:
+        yield "RESUME trains and EVAL_ARTIFACT does not: set only one of them"
+    for variable, path in (("RESUME", args.resume), ("EVAL_ARTIFACT", args.eval_artifact)):
+        if path not in ("", "auto") and not Path(path).is_file():
+            yield f"{variable}={path}: no such file"
+    there = next(path for path in (out_dir, *out_dir.parents) if os.path.lexists(path))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        yield f"OUT_DIR={args.out_dir}: cannot be written to: {there} is not a folder, or is read-only"
+    if not Path(args.data_path).is_dir():
+        yield f"DATA_PATH={args.data_path}: no such folder: {HOW_TO_GET_DATA}"
+
+def check_train_shards(args: Hyperparameters) -> None:
+    """Check every shard's header and size, and the ids of the first batch; other ids are checked as they are taken."""
+    files = find_shards(args.train_files)
+    counts = [count_shard_tokens(path, least=1) for path in files]
+    first = np.fromfile(files[0], "<u2", min(counts[0], args.train_batch_tokens), offset=4 * SHARD_HEADER_INTS)
+    check_token_ids(first, args.vocab_size, files[0])
 
 def read_inputs(args: Hyperparameters) -> Inputs:
-    """Check the settings against data and tokenizer, and read what validation needs; nothing is written yet.
-    Raises InputError (MissingFileError for a file that is not there), or NotImplementedError for untied embeddings."""
-    for setting in settings_of(ModuleSettings).values():
-        setting.read()  # importing let a bad value pass
-    path = args.tokenizer_path
-    if not args.tie_embeddings:
-        raise NotImplementedError("TIE_EMBEDDINGS=0: only tied embeddings are implemented")
-    if not path.endswith(".model"):
-        raise InputError(f"TOKENIZER_PATH={path}: must be a SentencePiece model, a file ending in .model")
-    # These raise here what would otherwise end the run later.
-    token_chunks(args.microbatch_tokens, args.train_seq_len, args.mlx_max_microbatch_tokens)
-    val_batch_seqs(args)
-    find_shards(args.train_files)
-    val_tokens = load_validation_tokens(args.val_files, args.train_seq_len)
-    if not Path(path).is_file():
-        raise MissingFileError(f"TOKENIZER_PATH={path}: no such file: {HOW_TO_GET_DATA}")
-    tokenizer = spm.SentencePieceProcessor(model_file=path)
-    if tokenizer.vocab_size() != args.vocab_size:
-        raise InputError(f"VOCAB_SIZE={args.vocab_size}, but TOKENIZER_PATH={path} has {tokenizer.vocab_size()} pieces")
-    dataset = validate_dataset_tokenizer_pair(args.data_path, path)
-    return Inputs(*dataset, val_tokens, build_sentencepiece_luts(tokenizer, args.vocab_size))
+    """Check settings, data and tokenizer, and read what validation needs; nothing is written yet. Raises InputError
+    (NotImplementedError for untied embeddings), with a line for each thing that is wrong."""
+    errors: dict[str, Exception] = {}
+    def examine(check: Callable, *arguments: Any) -> Any:
+        try:
+            return check(*arguments)
+        except (InputError, NotImplementedError) as error:
+            errors[str(error)] = error
+        except OSError as error:
+            errors[str(error)] = InputError(f"{error.filename}: {error.strerror}")
+        except Exception:
+            require(bool(errors), f"{check} failed", RuntimeError)  # or it is a value told of that makes no sense here
+    for setting in (settings_of(Hyperparameters) | settings_of(type(args))).values():
+        examine(setting.check, args)
+    examine(lambda: require(ModuleSettings.compute_dtype in ("auto", "bfloat16", "float32"),
+                            f"COMPUTE_DTYPE={ModuleSettings.compute_dtype!r}: must be auto, bfloat16 or float32"))
+    examine(lambda: ModuleSettings.mlx_preload_blas)
+    errors |= {message: InputError(message) for message in path_problems(args)}
+    examine(lambda: require(args.tie_embeddings, "TIE_EMBEDDINGS=0: is not implemented", NotImplementedError))
+    examine(lambda: split_heads(args.model_dim, args.num_heads, args.num_kv_heads))
+    examine(lambda: microbatch_seqs("TRAIN_BATCH_TOKENS", args.train_batch_tokens, args))
+    examine(lambda: microbatch_seqs("VAL_BATCH_SIZE", args.val_batch_size, args))
+    examine(lambda: require(not 0 < args.val_max_tokens < args.train_seq_len,
+                            f"VAL_MAX_TOKENS={args.val_max_tokens}: must be 0, or a whole sequence at least"))
+    tokenizer = examine(lambda: load_tokenizer(args.tokenizer_path, args.vocab_size))
+    if Path(args.data_path).is_dir():
+        dataset = examine(validate_dataset_tokenizer_pair, args.data_path, args.tokenizer_path)
+        val_tokens = examine(lambda: load_validation_tokens(args.val_files, args.train_seq_len, args.vocab_size))
+        if not args.eval_artifact:
+            examine(check_train_shards, args)
+    text = "\n".join(errors).replace(HOW_TO_GET_DATA, "see below", "".join(errors).count(HOW_TO_GET_DATA) - 1)
+    if errors:
+        raise next(iter(errors.values())) if len(errors) == 1 else InputError(text)
+    scored = args.val_max_tokens // args.train_seq_len * args.train_seq_len + 1 if args.val_max_tokens else None
+    return Inputs(*dataset, val_tokens[:scored], build_sentencepiece_luts(tokenizer, args.vocab_size),
+                  len(val_tokens) - 1, zlib.crc32(val_tokens))
 
-def open_log(args: Hyperparameters) -> LogFn:
+def tell(line: str, stream: Any) -> None:
+    """Print to a console that may be gone: a closed terminal must not end a run."""
+    try:
+        print(line.encode("utf-8", "backslashreplace").decode(), file=stream, flush=True)
+    except OSError:
+        with contextlib.suppress(OSError):  # from now on into the void, also what Python itself flushes when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+def open_log(args: Hyperparameters, kept: tuple[str, ...] = ()) -> LogFn:
     """Open the log, print its path, and write the script's source and versions to it: each result has its code.
-    Files that an earlier run left under this RUN_ID are moved aside first, all to the same number."""
-    paths = [Path(args.out_dir, args.run_id + suffix) for suffix in (".txt", NPZ_SUFFIX, ARTIFACT_SUFFIX)]
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
-    taken, number = [path for path in paths if path.exists()], 1
-    while any(Path(f"{path}.{number}").exists() for path in paths):
-        number += 1
-    for path in taken:
-        path.rename(f"{path}.{number}")
-    log_file = paths[0].open("w", encoding="utf-8")
-
-    def log(line: str) -> None:
-        print(line, flush=True)
-        print(line, file=log_file, flush=True)
-
-    print(paths[0], flush=True)
+    Files that an earlier run left under this RUN_ID, but for those to be kept, are moved aside, all to one number."""
+    paths = [Path(args.out_dir, args.run_id + suffix) for suffix in SUFFIXES]
+    taken = [path for path, suffix in zip(paths, SUFFIXES, strict=True) if path.exists() and suffix not in kept]
+    number = next(n for n in range(1, 1_000_000) if not any(Path(f"{path}.{n}").exists() for path in paths))
     versions = f"Python {sys.version}\nMLX {mx.__version__}"
-    print(CODE_PATH.read_text(encoding="utf-8"), "=" * 100, versions, "=" * 100, sep="\n", file=log_file, flush=True)
+    head = "\n".join([CODE_PATH.read_text(encoding="utf-8"), "=" * 100, versions, "=" * 100, ""])
+    try:
+        paths[0].parent.mkdir(parents=True, exist_ok=True)
+        for path in taken:
+            path.rename(f"{path}.{number}")
+        file = paths[0].open("ab", buffering=0)  # a line is on its way to the disk at once, or fails at once
+        file.write(("\n" * (file.tell() > 0) + head).encode())  # a killed run may have left a line open
+    except OSError as error:
+        raise InputError(f"OUT_DIR={args.out_dir}: {error.filename or paths[0]}: {error.strerror}") from None
+    def log(line: str, console: bool = True) -> None:
+        if console:
+            tell(line, sys.stdout)
+        try:
+            file.write(f"{line}\n".encode("utf-8", "backslashreplace"))
+        except OSError as error:  # no reason to lose the run
+            tell(f"WARNING: {paths[0]}: {error.strerror}: a line is missing there", sys.stderr)
+    tell(str(paths[0]), sys.stdout)
     for path in taken:
         log(f"moved_aside:{path} to:{path}.{number} (of an earlier run with this RUN_ID)")
     return log
 
-def set_up(args: Hyperparameters, inputs: Inputs, log: LogFn) -> Run:
-    """Seed, then build the model, its optimizers and the two compiled functions."""
+@contextlib.contextmanager
+def complete_file(path: Path) -> Iterator[io.BufferedWriter]:
+    """A file that takes its name when all of it is on the disk: `path` is always the old or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror}; what was there before still is") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+@contextlib.contextmanager
+def signals_watched(run: Run) -> Iterator[None]:
+    """Let the first SIGINT, SIGTERM or SIGHUP set run.signal, for the run to end in good order, and the next one end
+    the process. Python runs its handlers between its own instructions, so not before a computation of MLX's returns; a
+    thread that reads what the C handler writes to a pipe does not wait. What is ignored (nohup) stays so."""
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    def watch() -> None:
+        while byte := os.read(reader, 1):
+            name = signal.Signals(byte[0]).name
+            if not run.signal:
+                run.signal = name  # and tell so in a thread of its own, which a stopped terminal may hold up
+                line = f"interrupted:{name} ending in good order, which may take a while; once more ends it at once"
+                threading.Thread(target=run.log, args=(line,), daemon=True).start()
+            elif name != "SIGHUP":  # of which a terminal that closes may send several
+                for path in run.path("").parent.glob(f".{glob.escape(run.args.run_id)}_*.tmp"):
+                    path.unlink(missing_ok=True)
+                os._exit(130)
+        os.close(reader)
+    handlers = [signal.signal(number, lambda *_: None) for number in numbers]
+    for number in numbers:
+        signal.siginterrupt(number, False)  # system calls of MLX and its compiler go on
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
+        os.close(writer)  # which ends the watcher
+
+def set_up(args: Hyperparameters, inputs: Inputs) -> Run:
+    """Seed, then build the model, its optimizers and the two compiled functions. The log is still the console."""
     mx.random.seed(args.seed)
     model = GPT(
         args.vocab_size, args.num_layers, args.model_dim, args.num_heads, args.num_kv_heads, args.mlp_mult,
@@ -858,88 +1023,133 @@ def set_up(args: Hyperparameters, inputs: Inputs, log: LogFn) -> Run:
     # A compiled function takes the arrays it closes over for constants unless it is told that they are inputs.
     captured = {"inputs": model.state, "outputs": model.state}
     loss, loss_and_grad = (mx.compile(f, **captured) for f in (model.loss, nn.value_and_grad(model, model.loss)))
-    return Run(args, inputs, log, model, SplitOptimizers(model, args), loss, loss_and_grad)
+    return Run(args, inputs, print, model, SplitOptimizers(model, args), loss, loss_and_grad)
 
-def cpu_blas() -> str:
-    """The BLAS that MLX's products on the CPU go to: "openblas", "reference", the library's file name or "unknown".
-    On Linux MLX is bound to the library in the process's global scope that had the symbol when MLX was loaded,
-    else to the one it brings along. So ask the dynamic linker who has it, and whether that came before MLX."""
-    if sys.platform != "linux":
-        return "accelerate"
-    linker, loaded = ctypes.CDLL(None), []
-    visitor_type = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_char_p), ctypes.c_size_t, ctypes.c_void_p)
-    # dl_phdr_info begins with an address and the path; Dl_info, below, with the path.
-    linker.dl_iterate_phdr(visitor_type(lambda info, size, data: loaded.append(info[1].decode()) or 0), None)
+def require_finite(arrays: FlatParams, step: int) -> None:
+    """Raise RunError for weights or optimizer state that nothing good can come of any more."""
+    floats = {name: array for name, array in arrays.items() if mx.issubdtype(array.dtype, mx.floating)}
+    names = [name for name, array in floats.items() if not mx.isfinite(array).all().item()]
+    require(not names, f"after step {step} these are not finite, and are not saved: {', '.join(names)}", RunError)
 
-    def provider(library: ctypes.CDLL) -> str:
-        symbol, info = getattr(library, "cblas_sgemm", None), (ctypes.c_char_p * 4)()
-        return info[0].decode() if symbol and linker.dladdr(symbol, info) else ""
+def training_state(run: Run) -> dict[str, Any]:
+    """The tree of all arrays that the rest of the training depends on."""
+    muon, adam_embed, adam_scalar = run.optimizers.muon, run.optimizers.adam_embed, run.optimizers.adam_scalar
+    return {"model": run.model.state, "muon": muon.buffers, "adam_embed": adam_embed.state,
+            "adam_scalar": adam_scalar.state, "random": mx.random.state[0]}
 
-    mlx_path = next((path for path in loaded if "libmlx" in path), None)
-    if mlx_path is None:
-        return "unknown"
-    path = provider(linker)
-    if not path or path not in loaded[: loaded.index(mlx_path)]:
-        path = provider(ctypes.CDLL(mlx_path))
-    name = Path(path).resolve().name
-    return "openblas" if "openblas" in name else "reference" if name.startswith("libblas") else name
+def settings_behind(run: Run) -> dict[str, str]:
+    """What the result depends on, by setting."""
+    args, inputs, settings = run.args, run.inputs, settings_of(Hyperparameters) | settings_of(type(run.args))
+    values = {setting.variable: getattr(args, name) for name, setting in settings.items() if name not in RESUMABLE}
+    values |= {"COMPUTE_DTYPE": COMPUTE_DTYPE, "CONTROL_TENSOR_NAME_PATTERNS": CONTROL_TENSOR_NAME_PATTERNS,
+               "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": INT8_KEEP_FLOAT_FP32_NAME_PATTERNS,
+               "DATA_PATH": f"{inputs.dataset_name} ({inputs.train_shards} shards, val checksum {inputs.val_checksum})",
+               "TOKENIZER_PATH": f"one with checksum {zlib.crc32(b''.join(t.tobytes() for t in inputs.byte_tables))}"}
+    return {name: str(value) for name, value in values.items()}
 
-def fields(**values: Any) -> str:
-    """`name:value name:value`, as the log has it."""
-    return " ".join(f"{name}:{value}" for name, value in values.items())
+def write_checkpoint(run: Run) -> None:
+    """Write what it takes to go on from here as if nothing had happened, unless it is there. Raises RunError."""
+    if run.step == run.checkpointed_step:
+        return
+    path, arrays = run.path(CHECKPOINT_SUFFIX), dict(tree_flatten(training_state(run)))
+    require_finite(arrays, run.step)
+    about = {"run_id": run.args.run_id, "step": run.step, "train_ms": run.train_ms, "position": run.position,
+             "settings": settings_behind(run), "mlx_version": mx.__version__}
+    with complete_file(path) as file:
+        mx.save_safetensors(file, arrays, {"format": CHECKPOINT_FORMAT, "about": json.dumps(about)})
+    run.checkpointed_step, run.saved = run.step, (path,)
+    run.log(f"checkpoint:{path} step:{run.step}/{run.args.iterations} bytes:{path.stat().st_size}")
+
+def resume(run: Run) -> None:
+    """Put the run where this checkpoint left it. Raises InputError if it is damaged, or of settings that matter."""
+    path = run.path(CHECKPOINT_SUFFIX) if run.args.resume == "auto" else Path(run.args.resume)
+    if run.args.resume == "auto" and not path.exists():
+        return
+    try:
+        arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
+        require(metadata.get("format") == CHECKPOINT_FORMAT, f"its format tag is not {CHECKPOINT_FORMAT!r}")
+        with path.open("rb") as file:  # older MLX reads a file that is cut off without a word
+            whole = 8 + int.from_bytes(file.read(8), "little") + sum(array.nbytes for array in arrays.values())
+        require(path.stat().st_size == whole, f"it has {path.stat().st_size} bytes and must have {whole}")
+        about, now = json.loads(metadata["about"]), settings_behind(run)
+        then = about["settings"]
+        changes = [f"{name} was {then.get(name)} and is {now.get(name)}"
+                   for name in now | then if then.get(name) != now.get(name)]
+        require(not changes, f"the result would be another: {'; '.join(changes)}")
+        check_arrays(arrays, dict(tree_flatten(training_state(run))))
+        mx.eval(arrays)
+        state = tree_map_with_path(lambda name, _: arrays[name], training_state(run))
+        run.model.update(state["model"])
+        run.optimizers.muon.buffers = state["muon"]
+        run.optimizers.adam_embed.state, run.optimizers.adam_scalar.state = state["adam_embed"], state["adam_scalar"]
+        mx.random.seed(int.from_bytes(np.array(state["random"]).astype(">u4").tobytes(), "big"))  # a seed's halves
+        run.step = run.checkpointed_step = about["step"]
+        run.train_ms, run.position, run.saved = about["train_ms"], tuple(about["position"]), (path.resolve(),)
+        run.args.run_id = run.args.run_id if "RUN_ID" in os.environ else about["run_id"]
+    except Exception as error:  # whatever a damaged file makes of its readers
+        raise InputError(f"RESUME={path}: cannot go on from there: {error}") from None
 
 def log_configuration(run: Run) -> None:
     """Log what is about to run. Other people's scripts parse these lines: fields may be added, not changed."""
-    args, inputs, log = run.args, run.inputs, run.log
-    params = dict(tree_flatten(run.model.parameters()))
-    log(fields(run_id=args.run_id))
-    log(fields(mlx_version=mx.__version__))
-    log(f"train_loader:shards pattern={args.train_files}")
-    log(f"val_loader:shards pattern={args.val_files} tokens:{len(inputs.val_tokens) - 1}")
+    args, inputs, optimizers, params = run.args, run.inputs, run.optimizers, dict(tree_flatten(run.model.parameters()))
     present, expected = inputs.train_shards, inputs.expected_train_shards
     shards = f"dataset:{inputs.dataset_name} train_shards:{present}" + ("" if expected is None else f"/{expected}")
+    loader = f"train_loader:{shards}"
     if expected is not None and present < expected:
-        log(f"WARNING: train_loader:subset {shards} new epochs will arrive sooner than the full dataset")
-    else:
-        log(f"train_loader:{shards}")
-    log(fields(tokenizer_path=args.tokenizer_path))
-    log(fields(
-        model_params=sum(param.size for param in params.values()), vocab_size=args.vocab_size, layers=args.num_layers,
-        dim=args.model_dim, heads=args.num_heads, kv_heads=args.num_kv_heads, seq_len=args.train_seq_len,
-        tie_embeddings=args.tie_embeddings))
-    log(fields(
-        iterations=args.iterations, train_batch_tokens=args.train_batch_tokens, grad_accum_steps=args.grad_accum_steps,
-        microbatch_tokens=args.microbatch_tokens, microbatch_batch_size=args.microbatch_tokens // args.train_seq_len,
-        val_batch_size=args.val_batch_size, warmup_steps=args.warmup_steps,
-        max_wallclock_seconds=f"{args.max_wallclock_seconds:.3f}"))
-    log(fields(mlx_max_microbatch_tokens=args.mlx_max_microbatch_tokens))
-    log("optimizer:muon+adam " + fields(
-        muon_matrix_params=len(run.optimizers.matrix_keys), scalar_params=len(run.optimizers.scalar_keys),
-        embed_lr=args.tied_embed_lr, matrix_lr=args.matrix_lr, scalar_lr=args.scalar_lr,
-        muon_momentum=args.muon_momentum, muon_steps=args.muon_backend_steps))
-    log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={args.tokenizer_path}")
-    log(fields(compute_dtype=COMPUTE_DTYPE, compile=True))
-    log("dtypes " + fields(
-        tok_emb=params["tok_emb.weight"].dtype, linear_weight=run.model.blocks[0].attn.c_q.weight.dtype,
-        skip_weights=params["skip_weights"].dtype))
-    if mx.default_device() == mx.Device(mx.cpu):
-        hint = " (slow: `apt-get install libopenblas0-pthread`, and import this script before mlx, for fast products)"
-        log(f"cpu_blas:{(blas := cpu_blas())}" + (hint if blas == "reference" else ""))
+        loader = f"WARNING: train_loader:subset {shards} new epochs will arrive sooner than the full dataset"
+    lines = f"""\
+run_id:{args.run_id}
+mlx_version:{mx.__version__}
+train_loader:shards pattern={args.train_files}
+val_loader:shards pattern={args.val_files} tokens:{inputs.num_val_tokens}
+{loader}
+tokenizer_path:{args.tokenizer_path}
+model_params:{sum(param.size for param in params.values())} vocab_size:{args.vocab_size} layers:{args.num_layers} \
+dim:{args.model_dim} heads:{args.num_heads} kv_heads:{args.num_kv_heads} seq_len:{args.train_seq_len} \
+tie_embeddings:{args.tie_embeddings}
+iterations:{args.iterations} train_batch_tokens:{args.train_batch_tokens} grad_accum_steps:{args.grad_accum_steps} \
+microbatch_tokens:{args.microbatch_tokens} microbatch_batch_size:{args.microbatch_tokens // args.train_seq_len} \
+val_batch_size:{args.val_batch_size} warmup_steps:{args.warmup_steps} \
+max_wallclock_seconds:{args.max_wallclock_seconds:.3f}
+mlx_max_microbatch_tokens:{args.mlx_max_microbatch_tokens}
+optimizer:muon+adam muon_matrix_params:{len(optimizers.matrix_keys)} scalar_params:{len(optimizers.scalar_keys)} \
+embed_lr:{args.tied_embed_lr} matrix_lr:{args.matrix_lr} scalar_lr:{args.scalar_lr} \
+muon_momentum:{args.muon_momentum} muon_steps:{args.muon_backend_steps}
+val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={args.tokenizer_path}
+compute_dtype:{COMPUTE_DTYPE} compile:True
+dtypes tok_emb:{params["tok_emb.weight"].dtype} \
+linear_weight:{params["blocks.0.attn.c_q.weight"].dtype} skip_weights:{params["skip_weights"].dtype}"""
+    if sys.platform == "linux" and mx.default_device() == mx.Device(mx.cpu):
+        hint = "reference (slow: `apt-get install libopenblas0-pthread`, and import this script before mlx)"
+        lines += f"\ncpu_blas:{'openblas' if HAS_OPENBLAS else hint}"
+    if args.resume:
+        lines = f"resume:{args.resume} {f'step:{run.step}' if run.saved else 'no checkpoint: starting afresh'}\n{lines}"
+    for line in [*misspelt_settings(type(args)), *lines.split("\n")]:
+        run.log(line)
 
-def validate(run: Run) -> tuple[float, float]:
-    """(val_loss, val_bpb) of the model as it is now."""
-    return eval_val(run.args, run.compiled_loss, run.inputs.val_tokens, *run.inputs.byte_tables, log_fn=run.log)
+def validate(run: Run, stage: str = "validation") -> tuple[float, float, str]:
+    """(val_loss, val_bpb, mark) of the model as it is; the mark ends the lines of what is not the full score."""
+    def compiled_loss(x: mx.array, y: mx.array) -> mx.array:
+        run.safe_point(stage)
+        return run.compiled_loss(x, y)
+    scored, total, mark = len(run.inputs.val_tokens) - 1, run.inputs.num_val_tokens, ""
+    if scored < total:
+        mark = f" val_tokens:{scored}/{total}"
+        run.log(f"WARNING: VAL_MAX_TOKENS={run.args.val_max_tokens}: what follows is not the full score{mark}")
+    val_loss, val_bpb = eval_val(run.args, compiled_loss, run.inputs.val_tokens, *run.inputs.byte_tables, run.log)
+    require(math.isfinite(val_loss), f"after step {run.step} val_loss:{val_loss} is not finite", RunError)
+    return val_loss, val_bpb, mark
 
 def warm_up(run: Run) -> None:
     """Make MLX compile and allocate what training and validation will use, and learn nothing from it.
-    Loader and optimizers are throwaway ones; the model and the random state are put back as they were."""
+    Loader and optimizers are throwaway ones, the model is put back as it was, and nothing here draws random numbers."""
     args, log = run.args, run.log
-    if args.warmup_steps <= 0:
+    if args.warmup_steps <= 0 or (run.step > 0 and run.is_trained()):
         return
     log(f"warmup:{args.warmup_steps} steps of {args.train_batch_tokens} tokens, off the clock")
-    parameters, (high, low) = run.model.parameters(), mx.random.state[0].tolist()
-    loader = TokenLoader(args.train_files)
+    parameters, loader = run.model.parameters(), TokenLoader(args.train_files, vocab_size=args.vocab_size)
     for step in range(1, args.warmup_steps + 1):
+        run.safe_point("warmup")
         _, grads = loss_and_grad_step(args, loader, run.compiled_loss_and_grad)
         mx.eval(grads)
         if args.warmup_steps <= 20 or step % 10 == 0 or step == args.warmup_steps:
@@ -948,60 +1158,82 @@ def warm_up(run: Run) -> None:
     mx.eval(run.model.parameters())
     run.model.update(parameters)
     # Validation has batches of two shapes, the full one and the last: so many sequences give one of each.
-    total_seqs, batch_seqs = (len(run.inputs.val_tokens) - 1) // args.train_seq_len, val_batch_seqs(args)
-    primer_seqs = min(total_seqs, batch_seqs + total_seqs % batch_seqs)
-    primer = run.inputs.val_tokens[: primer_seqs * args.train_seq_len + 1]
+    total_seqs = (len(run.inputs.val_tokens) - 1) // args.train_seq_len
+    batch_seqs = microbatch_seqs("VAL_BATCH_SIZE", args.val_batch_size, args)
+    primer = run.inputs.val_tokens[: (batch_seqs + total_seqs % batch_seqs) * args.train_seq_len + 1]
     eval_val(args, run.compiled_loss, primer, *run.inputs.byte_tables)
-    mx.random.seed(high << 32 | low)  # a seed's two halves are MLX's random state
 
 def train(run: Run) -> None:
-    """Train until ITERATIONS or the wallclock cap, whichever is first; validation is off the clock."""
+    """Train until ITERATIONS, the wallclock cap, a signal or a loss that is not finite; only steps are on the clock."""
     args, log = run.args, run.log
-    loader = TokenLoader(args.train_files, log, run.inputs.dataset_name)
-    step, train_ms, capped = 0, 0.0, False
+    run.safe_point("warmup")
+    loader = TokenLoader(args.train_files, log, run.inputs.dataset_name, args.vocab_size)
+    loader.stream.seek(*run.position)
+    losses: list[str] = []  # the last ones
     while True:
-        finished = capped or step >= args.iterations
-        if finished or (args.val_loss_every > 0 and step % args.val_loss_every == 0):
-            val_loss, val_bpb = validate(run)
-            log(f"step:{step}/{args.iterations} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} "
-                f"train_time:{train_ms:.0f}ms step_avg:{train_ms / max(step, 1):.2f}ms")
+        interrupted = run.answered = run.signal != ""
+        finished, at_step = interrupted or run.is_trained(), f"step:{run.step}/{args.iterations}"
+        try:
+            if interrupted or (args.checkpoint_every > 0 and (finished or run.step % args.checkpoint_every == 0)):
+                write_checkpoint(run)
+        except RunError as error:
+            require(interrupted, str(error), RunError)
+            log(f"WARNING: {error}")  # there may still be room for the model, which is smaller
+        if finished or (args.val_loss_every > 0 and run.step % args.val_loss_every == 0):
+            try:
+                val_loss, val_bpb, mark = validate(run)
+            except KeyboardInterrupt:
+                write_checkpoint(run)
+                run.safe_point("validation")  # again, now that there is more to tell of
+            log(f"{at_step} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} "
+                f"train_time:{run.train_ms:.0f}ms step_avg:{run.train_ms / max(run.step, 1):.2f}ms{mark}")
         if finished:
             break
-        lr_mul = args.lr_mul(step, train_ms)
+        lr_mul = args.lr_mul(run.step, run.train_ms)
         started = time.perf_counter()
         train_loss, grads = loss_and_grad_step(args, loader, run.compiled_loss_and_grad)
-        run.optimizers.step(run.model, grads, step, lr_mul)
+        run.optimizers.step(run.model, grads, run.step, lr_mul)
         mx.eval(train_loss, run.model.parameters())
         step_ms = 1000.0 * (time.perf_counter() - started)
-        step, train_ms = step + 1, train_ms + step_ms
-        capped = 0.0 < 1000.0 * args.max_wallclock_seconds <= train_ms
-        if args.train_log_every > 0 and (step <= 10 or step % args.train_log_every == 0):
-            log(f"step:{step}/{args.iterations} train_loss:{train_loss.item():.4f} train_time:{train_ms:.0f}ms "
-                f"step_avg:{train_ms / step:.2f}ms tok_s:{args.train_batch_tokens / (step_ms / 1000.0):.0f}")
-        if step == min(3, args.iterations) or (capped and step < 3):  # by then the steps' length is known
-            log_warmdown(run, step, train_ms)
-    if step < args.iterations:
-        log(f"stopping_early: wallclock_cap train_time:{train_ms:.0f}ms step:{step}/{args.iterations}")
+        run.step, run.train_ms = run.step + 1, run.train_ms + step_ms
+        run.position = (loader.stream.file_idx, loader.stream.pos, loader.stream.epoch)
+        loss, at_step, so_far = train_loss.item(), f"step:{run.step}/{args.iterations}", ", ".join(losses) or "none"
+        require(math.isfinite(loss), f"{at_step} train_loss:{loss} is not finite; lr_mul:{lr_mul:.4f}; the last finite "
+                f"losses: {so_far}; what came after step {run.checkpointed_step} is not saved", RunError)
+        losses = [*losses[-4:], f"{loss:.4f}"]
+        if args.train_log_every > 0 and (run.step <= 10 or run.step % args.train_log_every == 0):
+            log(f"{at_step} train_loss:{loss:.4f} train_time:{run.train_ms:.0f}ms "
+                f"step_avg:{run.train_ms / run.step:.2f}ms tok_s:{args.train_batch_tokens / (step_ms / 1000.0):.0f}")
+        if run.step == min(3, args.iterations) or (run.is_trained() and run.step < 3):  # their length is known by now
+            log_warmdown(run, run.step, run.train_ms)
+    if run.step < args.iterations:
+        reason = "interrupted" if interrupted else "wallclock_cap"
+        log(f"stopping_early: {reason} train_time:{run.train_ms:.0f}ms {at_step}")
 
 def log_warmdown(run: Run, step: int, train_ms: float) -> None:
     """Tell when the whole run lies inside the warmdown, so that the full learning rate is used once at the most."""
-    args, cap_ms = run.args, 1000.0 * run.args.max_wallclock_seconds
-    # As lr_mul sees it: with a cap, the schedule ends with the last step that fits under it.
+    args, cap_ms = run.args, 1000.0 * run.args.max_wallclock_seconds  # the last step that fits ends it
     scheduled = max(int(cap_ms / (train_ms / step)), 1) if cap_ms > 0 else args.iterations
     if scheduled < args.warmdown_iters:
-        fit = fields(steps_that_fit=min(scheduled, args.iterations), warmdown_iters=args.warmdown_iters)
-        run.log(f"warmdown:whole_run lr_mul:{args.lr_mul(step, train_ms):.4f} {fit} "
+        run.log(f"warmdown:whole_run lr_mul:{args.lr_mul(step, train_ms):.4f} "
+                f"steps_that_fit:{min(scheduled, args.iterations)} warmdown_iters:{args.warmdown_iters} "
                 f"(after the first step the rate is never the full one; WARMDOWN_ITERS={scheduled} would start at it)")
 
 def save(run: Run) -> Path:
-    """Write the weights as they are (.npz) and compressed (.int8.ptz); returns the latter's path."""
+    """Write the weights as they are (.npz) and compressed (.int8.ptz); returns the latter's path. Raises RunError."""
     log, flat_state = run.log, dict(tree_flatten(run.model.state))
-    npz_path, artifact_path = (Path(run.args.out_dir, run.args.run_id + end) for end in (NPZ_SUFFIX, ARTIFACT_SUFFIX))
-    mx.savez(str(npz_path), **flat_state)
-    log(f"saved_model:{npz_path} bytes:{npz_path.stat().st_size}")
+    npz_path, artifact_path = run.path(NPZ_SUFFIX), run.path(ARTIFACT_SUFFIX)
+    require_finite(flat_state, run.step)
     quant_obj, stats = quantize_state_dict_int8(flat_state)
+    require_finite(dequantize_state_dict_int8(quant_obj), run.step)  # float16 ends at 65504
+    npz = io.BytesIO()
+    mx.savez(npz, **flat_state)
     raw = pickle.dumps(quant_obj, protocol=pickle.HIGHEST_PROTOCOL)
-    artifact_path.write_bytes(zlib.compress(raw, level=9))
+    for path, content in ((npz_path, npz.getbuffer()), (artifact_path, zlib.compress(raw, level=9))):
+        with complete_file(path) as file:
+            file.write(content)
+        run.saved += (path,)
+    log(f"saved_model:{npz_path} bytes:{npz_path.stat().st_size}")
     artifact_bytes, code_bytes = artifact_path.stat().st_size, CODE_PATH.stat().st_size
     payload, total_bytes = stats["int8_payload_bytes"], code_bytes + artifact_bytes
     log(f"serialized_model_int8_zlib:{artifact_bytes} bytes (payload:{payload} raw_pickle:{len(raw)} "
@@ -1011,40 +1243,57 @@ def save(run: Run) -> Path:
     log(f"Total submission size int8+zlib: {total_bytes} bytes ({verdict} the cap of {SUBMISSION_CAP_BYTES} bytes)")
     return artifact_path
 
-def score(run: Run, artifact_path: Path) -> None:
-    """Read the compressed model back into the model and validate it: that is the run's score."""
-    quant_obj = pickle.loads(zlib.decompress(artifact_path.read_bytes()))
-    run.model.update(tree_unflatten(list(dequantize_state_dict_int8(quant_obj).items())))
+def score(run: Run, path: Path) -> None:
+    """Read a saved model back into the model and validate it. Of the compressed one that is the run's score."""
+    state = load_flat_state(path, dict(tree_flatten(run.model.state)))
+    run.model.update(tree_unflatten(list(state.items())))
     started = time.perf_counter()
-    val_loss, val_bpb = validate(run)
+    val_loss, val_bpb, mark = validate(run, "final scoring")
     eval_ms = 1000.0 * (time.perf_counter() - started)
-    run.log(f"final_int8_zlib_roundtrip val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} eval_time:{eval_ms:.0f}ms")
-    run.log(f"final_int8_zlib_roundtrip_exact val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f}")
+    name = "final_npz" if path.suffix == ".npz" else "final_int8_zlib_roundtrip"
+    run.log(f"{name} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} eval_time:{eval_ms:.0f}ms{mark}")
+    run.log(f"{name}_exact val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f}{mark}")
 
 def main() -> None:
-    """One run, as the environment says. Raises InputError or NotImplementedError for what the user can mend."""
+    """One run, as the environment says. Raises InputError or NotImplementedError for what is wrong before a step is
+    done, RunError for what fails after, KeyboardInterrupt when a signal left no score."""
     args = Hyperparameters()
-    inputs = read_inputs(args)  # before the log is opened: a run that cannot start leaves nothing behind
-    run = set_up(args, inputs, open_log(args))
-    log_configuration(run)
-    warm_up(run)
-    train(run)
-    artifact_path = save(run)
-    score(run, artifact_path)
+    run = set_up(args, read_inputs(args))  # before the log is opened: a run that cannot start leaves nothing behind
+    with signals_watched(run):
+        if args.resume:
+            resume(run)
+        goes_on = (LOG_SUFFIX, CHECKPOINT_SUFFIX) if run.path(CHECKPOINT_SUFFIX).resolve() in run.saved else ()
+        log = run.log = open_log(args, SUFFIXES if args.eval_artifact else goes_on)
+        try:
+            log_configuration(run)
+            if args.eval_artifact:
+                score(run, Path(args.eval_artifact))
+            else:
+                warm_up(run)
+                train(run)
+                score(run, save(run))
+        except BaseException as error:
+            log(f"error: {error}", console=False)
+            if run.step > 0 and isinstance(error, (InputError, OSError)):  # of a shard that was opened during the run
+                raise RunError(str(error)) from error
+            raise
 
 def command_line(arguments: list[str]) -> int:
-    """The script's exit status: 0 for a score or for --help, 2 for what the user can mend, told in one line."""
+    """The exit status: 0 for a score or --help, 2 for what was wrong before training, 1 for what failed then, 130 for
+    an interruption that left no score."""
     if arguments in (["--help"], ["-h"]):
         print(help_text())
         return 0
     try:
-        if arguments:
-            raise InputError(f"{arguments[0]}: settings are environment variables, as in ITERATIONS=100; see --help")
+        require(not arguments, f"{' '.join(arguments)}: settings are environment variables, as SEED=7; see --help")
         main()
-    except (InputError, NotImplementedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+    except (InputError, NotImplementedError, RunError, KeyboardInterrupt) as error:
+        status = 130 if isinstance(error, KeyboardInterrupt) else 1 if isinstance(error, RunError) else 2
+        lines = [f"error: {line}" for line in (str(error) or "interrupted before anything was done").splitlines()]
+        for line in lines + (misspelt_settings() if status == 2 else []):
+            tell(line, sys.stderr)
+        return status
 
 if __name__ == "__main__":
     sys.exit(command_line(sys.argv[1:]))

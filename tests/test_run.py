@@ -310,15 +310,13 @@ def test_manifest_counts_are_logged(run, data):
     ("changes", "message"),
     [
         ({"iterations": "ten"}, "ITERATIONS='ten': must be a whole number"),
-        ({"compute_dtype": "fp16"}, "COMPUTE_DTYPE='fp16': must be one of auto, bfloat16, float32"),
+        ({"compute_dtype": "fp16"}, "COMPUTE_DTYPE='fp16': must be auto, bfloat16 or float32"),
         ({"tie_embeddings": 0}, "TIE_EMBEDDINGS=0"),
-        ({"data_path": "nowhere"}, r"nowhere/fineweb_train_\*.bin.*`python data/prepare.py`"),
+        ({"data_path": "nowhere"}, "DATA_PATH=nowhere: no such folder.*`python data/prepare.py`"),
         ({"tokenizer_path": "tiny.vocab"}, "TOKENIZER_PATH=tiny.vocab.*\\.model"),
         ({"tokenizer_path": "none.model"}, "TOKENIZER_PATH=none.model.*`python data/prepare.py`"),
         ({"vocab_size": 1024}, "VOCAB_SIZE=1024.*320"),
-        ({"vocab_size": 300}, "VOCAB_SIZE=300.*320"),
-        ({"train_seq_len": 4096}, "TRAIN_SEQ_LEN=4096"),
-        ({"train_batch_tokens": 30}, r"TRAIN_BATCH_TOKENS / GRAD_ACCUM_STEPS\) of 15 tokens.*TRAIN_SEQ_LEN=16"),
+        ({"train_batch_tokens": 30}, "TRAIN_BATCH_TOKENS=30 over GRAD_ACCUM_STEPS=2 is 15 tokens.*TRAIN_SEQ_LEN=16"),
         ({"val_batch_size": 30}, "VAL_BATCH_SIZE=30"),
         ({"model_dim": 15}, "MODEL_DIM=15"),
     ],
@@ -328,8 +326,7 @@ def test_what_the_user_can_mend_is_told_in_one_line(run, changes, message):
     done = run(**changes)
     assert done.code == 2
     assert re.fullmatch(f"error: .*{message}.*\n", done.err)
-    if "model_dim" not in changes:
-        assert not done.folder.exists()  # nothing was written
+    assert not done.folder.exists()  # nothing was written
 
 
 def test_command_line(run):
@@ -373,8 +370,6 @@ class TestBlas:
         for changes in ({"mlx_preload_blas": 1}, {"command": importing("import numpy"), "mlx_preload_blas": 1},
                         {"command": importing(f"{self.GLOBAL}\nimport mlx.core"), "mlx_preload_blas": 0}):  # fmt: skip
             assert self.blas(run(iterations=0, **changes)) == "openblas"
-        late = importing(f"import numpy, mlx.core\n{self.GLOBAL}")  # too late: MLX is bound already
-        assert self.blas(run(iterations=0, command=late)).startswith("reference ")
 
 
 def test_main_can_be_called_by_another_program_with_arguments_of_its_own(run):

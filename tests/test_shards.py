@@ -190,8 +190,6 @@ class TestManifest:
         assert self.check(dataset) == ("set_a", 3, 5)
         self.manifest(dataset, entry={"stats": {"files_train": 3}})
         assert self.check(dataset) == ("set_a", 3, 3)
-        self.manifest(dataset, entry={"stats": {}})
-        assert self.check(dataset) == ("set_a", 3, None)
 
     def test_data_path_may_be_relative_or_a_link(self, dataset, tmp_path, monkeypatch):
         self.manifest(dataset)
