@@ -98,15 +98,15 @@ class Setting:
             raise InputError(f"{variable}={text!r}: must be {self.allowed()}") from None
     def allowed(self) -> str:
         """What the value must be, in words."""
-        kind = {bool: "0 or 1", int: "a whole number", float: "a finite number"}.get(type(self.default), "a text")
+        kind = {bool: "0 or 1", int: "a whole number", float: "a finite number"}.get(type(self.default), "not empty")
         return f"{kind} {self.limits}".rstrip()
     def check(self, owner: Any) -> None:
         """Raise InputError if the owner's value, from wherever it came, is one that no run can use."""
         kind, value = type(self.default), getattr(owner, self.variable.lower())
-        sound = value != "" or self.default == ""
+        sound = isinstance(value, (str, os.PathLike)) and (value != "" or self.default == "")
         if kind in (bool, int, float):
-            sound = isinstance(value, (int, np.integer, kind)) and abs(value) < math.inf
-            sound = sound and (kind is not bool or value in (0, 1))
+            sound = isinstance(value, (int, np.integer) if kind is int else (int, float, np.number))
+            sound = sound and abs(value) < math.inf and (kind is not bool or value in (0, 1))
         for sign, end in re.findall(r"([<>]=?) (\S+)", self.limits):
             sound = sound and {"<": value < float(end), ">": value > float(end), ">=": value >= float(end)}[sign]
         require(sound, f"{self.variable}={value}: must be {self.allowed()}")
@@ -910,7 +910,7 @@ def read_inputs(args: Hyperparameters) -> Inputs:
     examine(lambda: require(ModuleSettings.compute_dtype in ("auto", "bfloat16", "float32"),
                             f"COMPUTE_DTYPE={ModuleSettings.compute_dtype!r}: must be auto, bfloat16 or float32"))
     examine(lambda: ModuleSettings.mlx_preload_blas)
-    errors |= {message: InputError(message) for message in path_problems(args)}
+    examine(lambda: errors.update((message, InputError(message)) for message in path_problems(args)))
     examine(lambda: require(args.tie_embeddings, "TIE_EMBEDDINGS=0: is not implemented", NotImplementedError))
     examine(lambda: split_heads(args.model_dim, args.num_heads, args.num_kv_heads))
     examine(lambda: microbatch_seqs("TRAIN_BATCH_TOKENS", args.train_batch_tokens, args))
@@ -918,7 +918,7 @@ def read_inputs(args: Hyperparameters) -> Inputs:
     examine(lambda: require(not 0 < args.val_max_tokens < args.train_seq_len,
                             f"VAL_MAX_TOKENS={args.val_max_tokens}: must be 0, or a whole sequence at least"))
     tokenizer = examine(lambda: load_tokenizer(args.tokenizer_path, args.vocab_size))
-    if Path(args.data_path).is_dir():
+    if Path(str(args.data_path)).is_dir():
         dataset = examine(validate_dataset_tokenizer_pair, args.data_path, args.tokenizer_path)
         val_tokens = examine(lambda: load_validation_tokens(args.val_files, args.train_seq_len, args.vocab_size))
         if not args.eval_artifact:
@@ -945,13 +945,14 @@ def open_log(args: Hyperparameters, kept: tuple[str, ...] = ()) -> LogFn:
     taken = [path for path, suffix in zip(paths, SUFFIXES, strict=True) if path.exists() and suffix not in kept]
     number = next(n for n in range(1, 1_000_000) if not any(Path(f"{path}.{n}").exists() for path in paths))
     versions = f"Python {sys.version}\nMLX {mx.__version__}"
-    head = "\n".join([CODE_PATH.read_text(encoding="utf-8"), "=" * 100, versions, "=" * 100, ""])
+    head = "\n".join([CODE_PATH.read_text(encoding="utf-8"), "=" * 100, versions, "=" * 100, ""]).encode()
     try:
         paths[0].parent.mkdir(parents=True, exist_ok=True)
         for path in taken:
             path.rename(f"{path}.{number}")
+        before = paths[0].read_bytes() if paths[0].exists() else b""  # a killed run may have left its last line open
         file = paths[0].open("ab", buffering=0)  # a line is on its way to the disk at once, or fails at once
-        file.write(("\n" * (file.tell() > 0) + head).encode())  # a killed run may have left a line open
+        file.write(b"\n" * (before[-1:] not in b"\n") + head * (head not in before))
     except OSError as error:
         raise InputError(f"OUT_DIR={args.out_dir}: {error.filename or paths[0]}: {error.strerror}") from None
     def log(line: str, console: bool = True) -> None:
@@ -992,11 +993,11 @@ def signals_watched(run: Run) -> Iterator[None]:
     def watch() -> None:
         while byte := os.read(reader, 1):
             name = signal.Signals(byte[0]).name
-            if not run.signal:
+            if byte[0] in numbers and not run.signal:
                 run.signal = name  # and tell so in a thread of its own, which a stopped terminal may hold up
                 line = f"interrupted:{name} ending in good order, which may take a while; once more ends it at once"
                 threading.Thread(target=run.log, args=(line,), daemon=True).start()
-            elif name != "SIGHUP":  # of which a terminal that closes may send several
+            elif name in ("SIGINT", "SIGTERM"):  # a terminal that closes may send several SIGHUP
                 for path in run.path("").parent.glob(f".{glob.escape(run.args.run_id)}_*.tmp"):
                     path.unlink(missing_ok=True)
                 os._exit(130)
@@ -1033,9 +1034,8 @@ def require_finite(arrays: FlatParams, step: int) -> None:
 
 def training_state(run: Run) -> dict[str, Any]:
     """The tree of all arrays that the rest of the training depends on."""
-    muon, adam_embed, adam_scalar = run.optimizers.muon, run.optimizers.adam_embed, run.optimizers.adam_scalar
-    return {"model": run.model.state, "muon": muon.buffers, "adam_embed": adam_embed.state,
-            "adam_scalar": adam_scalar.state, "random": mx.random.state[0]}
+    return {"model": run.model.state, "muon": run.optimizers.muon.buffers, "random": mx.random.state[0],
+            "adam_embed": run.optimizers.adam_embed.state, "adam_scalar": run.optimizers.adam_scalar.state}
 
 def settings_behind(run: Run) -> dict[str, str]:
     """What the result depends on, by setting."""
@@ -1063,7 +1063,7 @@ def write_checkpoint(run: Run) -> None:
 def resume(run: Run) -> None:
     """Put the run where this checkpoint left it. Raises InputError if it is damaged, or of settings that matter."""
     path = run.path(CHECKPOINT_SUFFIX) if run.args.resume == "auto" else Path(run.args.resume)
-    if run.args.resume == "auto" and not path.exists():
+    if not run.args.resume or (run.args.resume == "auto" and not path.exists()):
         return
     try:
         arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
@@ -1171,13 +1171,13 @@ def train(run: Run) -> None:
     loader.stream.seek(*run.position)
     losses: list[str] = []  # the last ones
     while True:
-        interrupted = run.answered = run.signal != ""
-        finished, at_step = interrupted or run.is_trained(), f"step:{run.step}/{args.iterations}"
+        run.answered, reason = (True, "interrupted") if run.signal else (False, "wallclock_cap")
+        finished, at_step = run.answered or run.is_trained(), f"step:{run.step}/{args.iterations}"
         try:
-            if interrupted or (args.checkpoint_every > 0 and (finished or run.step % args.checkpoint_every == 0)):
+            if run.answered or (args.checkpoint_every > 0 and (finished or run.step % args.checkpoint_every == 0)):
                 write_checkpoint(run)
         except RunError as error:
-            require(interrupted, str(error), RunError)
+            require(run.answered, str(error), RunError)
             log(f"WARNING: {error}")  # there may still be room for the model, which is smaller
         if finished or (args.val_loss_every > 0 and run.step % args.val_loss_every == 0):
             try:
@@ -1207,7 +1207,6 @@ def train(run: Run) -> None:
         if run.step == min(3, args.iterations) or (run.is_trained() and run.step < 3):  # their length is known by now
             log_warmdown(run, run.step, run.train_ms)
     if run.step < args.iterations:
-        reason = "interrupted" if interrupted else "wallclock_cap"
         log(f"stopping_early: {reason} train_time:{run.train_ms:.0f}ms {at_step}")
 
 def log_warmdown(run: Run, step: int, train_ms: float) -> None:
@@ -1260,8 +1259,7 @@ def main() -> None:
     args = Hyperparameters()
     run = set_up(args, read_inputs(args))  # before the log is opened: a run that cannot start leaves nothing behind
     with signals_watched(run):
-        if args.resume:
-            resume(run)
+        resume(run)
         goes_on = (LOG_SUFFIX, CHECKPOINT_SUFFIX) if run.path(CHECKPOINT_SUFFIX).resolve() in run.saved else ()
         log = run.log = open_log(args, SUFFIXES if args.eval_artifact else goes_on)
         try:
@@ -1274,6 +1272,8 @@ def main() -> None:
                 score(run, save(run))
         except BaseException as error:
             log(f"error: {error}", console=False)
+            if type(error) is RuntimeError:  # Ctrl-C also ends the compiler that MLX calls on a CPU
+                run.safe_point("a computation")
             if run.step > 0 and isinstance(error, (InputError, OSError)):  # of a shard that was opened during the run
                 raise RunError(str(error)) from error
             raise

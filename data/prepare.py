@@ -20,6 +20,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable
@@ -38,6 +39,10 @@ SHUFFLE_SEED = "1337"
 
 class InputError(ValueError):
     """Something the user gave cannot be used. The message says what, where and what to do."""
+
+
+class WriteError(Exception):
+    """A file cannot be written. The message says which and why; everything is as it was before."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -172,6 +177,22 @@ def split(encoded: list[np.ndarray], val_tokens: int) -> int:
     )
 
 
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file, and its folder, as far as the disk: a rename after this cannot show a part of it.
+
+    An OSError names the file; by itself that of a failed write does not.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = error.filename or path
+        raise
+
+
 def write_shards(folder: Path, kind: str, encoded: list[np.ndarray], shard_tokens: int) -> int:
     """Write folder/fineweb_{kind}_000000.bin and so on, of at most shard_tokens tokens; returns how many."""
     tokens = np.concatenate(encoded)
@@ -180,7 +201,7 @@ def write_shards(folder: Path, kind: str, encoded: list[np.ndarray], shard_token
         part = tokens[start : start + shard_tokens]
         header = np.zeros(SHARD_HEADER_INTS, dtype="<i4")
         header[:3] = SHARD_MAGIC, SHARD_VERSION, len(part)
-        (folder / f"fineweb_{kind}_{number:06d}.bin").write_bytes(header.tobytes() + part.tobytes())
+        write_file(folder / f"fineweb_{kind}_{number:06d}.bin", header.tobytes() + part.tobytes())
     return len(starts)
 
 
@@ -204,29 +225,57 @@ def with_entry(entries: list[dict], entry: dict) -> list[dict]:
 
 
 def install(staging: Path, dataset: dict, tokenizer: dict) -> None:
-    """Put the finished files of the staging folder in the place of the ones there were.
+    """Put the finished files under staging/new in the place of the ones there were, and enter them in the manifest.
 
-    The old shards go first and the new ones come last, each by a rename of the whole folder. Whenever this is
-    interrupted, a data set is either whole or absent, never old shards with a new tokenizer.
+    Everything that needs room on the disk is written before anything is moved: also copies of the old tokenizer
+    and manifest, to be put back if the move fails.
     """
-    final = ROOT / "datasets" / dataset["name"]
-    model = ROOT / tokenizer["model_path"]
-    manifest_path = ROOT / "manifest.json"
-    manifest = read_manifest(manifest_path)
-    for folder in (final.parent, model.parent):
-        folder.mkdir(parents=True, exist_ok=True)
-    if final.exists():
-        final.rename(staging / "replaced")
-    os.replace(staging / "tokenizer.model", model)
+    manifest = read_manifest(ROOT / "manifest.json")
     manifest["tokenizers"] = with_entry(manifest.get("tokenizers", []), tokenizer)
     manifest["datasets"] = with_entry(manifest.get("datasets", []), dataset)
-    (staging / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    os.replace(staging / "manifest.json", manifest_path)
-    (staging / "shards").rename(final)
+    write_file(staging / "new" / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
+    shards, files = f"datasets/{dataset['name']}", (tokenizer["model_path"], "manifest.json")
+    for name in files:
+        if (ROOT / name).exists():
+            write_file(staging / "old" / name, (ROOT / name).read_bytes())
+    for path in (ROOT / shards, ROOT / tokenizer["model_path"], staging / "old" / shards):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    move_into_place(staging, shards, files)
+
+
+def move_into_place(staging: Path, shards: str, files: Iterable[str]) -> None:
+    """Move the folder of shards and the files from staging/new to ROOT: all of them, or none if one move fails.
+
+    The old shards go first and the new ones come last, each by a rename of the whole folder. Whenever this is
+    killed, a data set is either whole or absent, never old shards with a new tokenizer.
+    """
+    new, old = staging / "new", staging / "old"
+    done: list[str] = []
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C could fall between a move and its record
+    try:
+        if (ROOT / shards).exists():
+            os.replace(ROOT / shards, old / shards)
+            done.append(shards)
+        for name in files:
+            os.replace(new / name, ROOT / name)
+            done.append(name)
+        os.replace(new / shards, ROOT / shards)
+    except BaseException:
+        for name in reversed(done):  # no others: a folder that refused the new file would refuse the old one, too
+            if (old / name).exists():
+                os.replace(old / name, ROOT / name)
+            else:
+                (ROOT / name).unlink()
+        raise
+    finally:
+        signal.signal(signal.SIGINT, on_interrupt)
 
 
 def prepare(args: argparse.Namespace, say: Callable[[str], None] = print) -> None:
-    """Build the data set that the command line asks for. Raises InputError for what the user can mend."""
+    """Build the data set that the command line asks for.
+
+    Raises InputError for what the user can mend, and WriteError for a full disk and the like.
+    """
     name = args.name if args.name is not None else "mytext" if args.text else "sample"
     check_settings(name, args.vocab_size)
     dataset_name, tokenizer_name = f"{name}_sp{args.vocab_size}", f"{name}_{args.vocab_size}_bpe"
@@ -247,17 +296,22 @@ def prepare(args: argparse.Namespace, say: Callable[[str], None] = print) -> Non
     staging = ROOT / f".prepare_{dataset_name}"
     shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
     try:
-        (staging / "shards").mkdir(parents=True)
-        (staging / "tokenizer.model").write_bytes(model)
+        tokenizer = {"name": tokenizer_name, "model_path": f"tokenizers/{tokenizer_name}.model"}
+        write_file(staging / "new" / tokenizer["model_path"], model)
         stats = {"documents": len(documents), "bytes": num_bytes}
         for kind, part in parts.items():
-            stats[f"files_{kind}"] = write_shards(staging / "shards", kind, part, args.shard_tokens)
+            folder = staging / "new" / "datasets" / dataset_name
+            stats[f"files_{kind}"] = write_shards(folder, kind, part, args.shard_tokens)
             stats[f"tokens_{kind}"] = sum(len(document) for document in part)
         source = "--text" if args.text else f"standard library of Python {platform.python_version()}"
         dataset = {"name": dataset_name, "tokenizer_name": tokenizer_name, "made_by": MADE_BY, "source": source,
                    "stats": stats}
-        tokenizer = {"name": tokenizer_name, "model_path": f"tokenizers/{tokenizer_name}.model"}
         install(staging, dataset, tokenizer)
+    except OSError as error:
+        place = Path(error.filename or ROOT)
+        if place.is_relative_to(staging):  # the user knows it by the name that it was to have
+            place = ROOT.joinpath(*place.relative_to(staging).parts[1:])
+        raise WriteError(f"{place}: cannot be written: {error.strerror}; what was there before still is") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -274,12 +328,17 @@ def shown(path: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 when the data set is there, 2 for what the user can mend, 130 when interrupted."""
+    """Exit status: 0 when the data set is there, 1 when it cannot be written, 2 for what the user can mend, 130 when
+    interrupted.
+    """
     try:
         prepare(build_parser().parse_args(argv))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except WriteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted: the data set was not built; run the same command again", file=sys.stderr)
         return 130

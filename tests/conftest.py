@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
 import sentencepiece as spm
 
 import train_gpt_mlx as tg
+from helpers import learnable_tokens, write_shard
+from runs import Outcome, Process, Start, command, environment
 
 SETTING_NAMES = [setting.variable for owner in (tg.Hyperparameters, tg.ModuleSettings)
                  for setting in tg.settings_of(owner).values()]  # fmt: skip
@@ -50,3 +54,43 @@ def tokenizer_proto() -> bytes:
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_proto) -> spm.SentencePieceProcessor:
     return spm.SentencePieceProcessor(model_proto=tokenizer_proto)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory, tokenizer_proto) -> Path:
+    """A data folder of two training shards, a validation shard of 25 sequences of 16, and a tokenizer."""
+    root = tmp_path_factory.mktemp("data")
+    tokens = learnable_tokens(6000, 320, 7)
+    write_shard(root / "datasets/tiny/fineweb_train_000000.bin", tokens[:1000])
+    write_shard(root / "datasets/tiny/fineweb_train_000001.bin", tokens[1000:])
+    write_shard(root / "datasets/tiny/fineweb_val_000000.bin", learnable_tokens(409, 320, 9))
+    (root / "tokenizers").mkdir()
+    (root / "tokenizers/tiny.model").write_bytes(tokenizer_proto)
+    return root
+
+
+@pytest.fixture
+def run(data, tmp_path):
+    """Run the script with the tiny data and model and the given settings, to its end; returns its Outcome."""
+
+    def whole(*arguments: str, script: tuple[str, ...] = (), options: dict | None = None, **changes) -> Outcome:
+        done = subprocess.run(command(*arguments, script=script), cwd=tmp_path, capture_output=True, text=True,
+                              env=environment(data, tmp_path, **changes), timeout=240, **(options or {}))  # fmt: skip
+        return Outcome(done.returncode, done.stdout.splitlines(), done.stderr, tmp_path / "out")
+
+    return whole
+
+
+@pytest.fixture
+def start(data, tmp_path) -> Start:
+    """Start such a run, and go on while it is under way; what is still running at the end of the test is killed."""
+    processes: list[Process] = []
+
+    def under_way(options: dict | None = None, **changes) -> Process:
+        processes.append(Process(command(), tmp_path, environment(data, tmp_path, **changes), **(options or {})))
+        return processes[-1]
+
+    yield under_way
+    for process in processes:
+        process.popen.kill()
+        process.popen.communicate()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
+import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -178,7 +183,10 @@ def test_name_that_is_no_folder_name(root, tmp_path, capsys, name):
 
 
 def one_line_error(capsys, *parts: str) -> None:
-    err = capsys.readouterr().err
+    check_one_line_error(capsys.readouterr().err, *parts)
+
+
+def check_one_line_error(err: str, *parts: str) -> None:
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     for part in parts:
@@ -248,53 +256,221 @@ def test_command_line_errors(root, argument, capsys):
     assert argument[0] in capsys.readouterr().err
 
 
-STEPS = ["Path.rename", "os.replace", "Path.write_text", "Path.write_bytes", "Path.mkdir"]
+SHARDS, MODEL = "datasets/mytext_sp300", "tokenizers/mytext_300_bpe.model"
+IN_SHARDS = ("--shard-tokens", "1000")  # three of training tokens in the new data set, two in the old one
 
 
-def test_an_interrupted_rebuild_never_mixes_old_and_new(root, tmp_path, monkeypatch, capsys):
-    """Stop a rebuild with other text at each of its file operations: what is there is whole and of one build."""
-    old, new = write_texts(tmp_path / "old"), write_texts(tmp_path / "new", count=20)
-    assert build(old) == 0
-    states = {"old": snapshot(root)}
-    assert build(new) == 0
-    states["new"] = snapshot(root)
-    assert states["old"]["tokenizers/mytext_300_bpe.model"] != states["new"]["tokenizers/mytext_300_bpe.model"]
-    seen = set()
-    for stop_at in range(1, 100):
-        assert build(old) == 0
+@pytest.fixture
+def old_and_new(root, tmp_path) -> tuple[Path, dict, dict]:
+    """Other text to rebuild the data set from, and the files before that and after it. The ones from before are there.
+
+    A copy of them lies in tmp_path/old.
+    """
+    texts = write_texts(tmp_path / "new_texts", count=8)
+    assert build(texts, *IN_SHARDS) == 0
+    new = snapshot(root)
+    shutil.rmtree(root)
+    assert build(write_texts(tmp_path / "old_texts", count=4), *IN_SHARDS) == 0
+    old = snapshot(root)
+    assert old.keys() != new.keys()
+    assert all(old[name] != new[name] for name in (MODEL, "manifest.json"))
+    shutil.copytree(root, tmp_path / "old")
+    return texts, old, new
+
+
+def fail(real, *args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def interrupt(real, *args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def press_ctrl_c(real, *args, **kwargs):
+    result = real(*args, **kwargs)
+    signal.raise_signal(signal.SIGINT)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("fault", "rebuild"), [(fail, True), (fail, False), (interrupt, True), (press_ctrl_c, True)]
+)
+def test_a_build_that_stops_half_way_changes_nothing(root, tmp_path, monkeypatch, capsys, old_and_new, fault, rebuild):
+    """Stop a first build, or a rebuild with other text, at each of its file operations in turn.
+
+    A Ctrl-C during the last four, the moves, has no effect: the build is as good as done.
+    """
+    texts, before, after = old_and_new if rebuild else (old_and_new[0], {}, old_and_new[2])
+    codes = []
+    for stop_at in itertools.count(1):
+        shutil.rmtree(root)
+        shutil.copytree(tmp_path / "old", root) if rebuild else root.mkdir()
+        calls = itertools.count(1)
+
+        def faulty(real, calls=calls, stop_at=stop_at):
+            return lambda *args, **kwargs: (
+                fault(real, *args, **kwargs) if next(calls) == stop_at else real(*args, **kwargs)
+            )
+
         with monkeypatch.context() as patch:
-            done = iter(range(1, 1000))
-
-            def interrupt(real, done=done, stop_at=stop_at):
-                def operation(*args, **kwargs):
-                    if next(done) == stop_at:
-                        raise KeyboardInterrupt
-                    return real(*args, **kwargs)
-
-                return operation
-
-            for step in STEPS:
-                owner, name = step.split(".")
-                owner = {"Path": Path, "os": prepare.os}[owner]
-                patch.setattr(owner, name, interrupt(getattr(owner, name)))
-            code = build(new)
-        found = snapshot(root)
-        shards = {name: data for name, data in found.items() if name.startswith("datasets/")}
-        assert not any(name.startswith(".prepare") for name in found)
-        if shards:
-            state = next(key for key, files in states.items() if shards.items() <= files.items())
-            assert found == states[state]
-            seen.add(state)
-        else:
-            seen.add("none")
-        if code == 0:
+            for owner, name in ((os, "replace"), (os, "fsync"), (Path, "mkdir")):
+                patch.setattr(owner, name, faulty(getattr(owner, name)))
+            capsys.readouterr()
+            code = build(texts, *IN_SHARDS)
+        assert snapshot(root) == (before if code else after)
+        assert not list(root.glob(".prepare*"))
+        if next(calls) <= stop_at:
+            assert code == 0
             break
-        assert code == 130
-        assert "interrupted" in capsys.readouterr().err
-    assert seen == {"old", "none", "new"}
-    assert stop_at > 5
-    assert build(new) == 0
-    assert snapshot(root) == states["new"]
+        codes.append(code)
+        if code == 1:
+            one_line_error(capsys, str(root), ": cannot be written: No space left on device; what was there before")
+        elif code == 130:
+            assert "interrupted" in capsys.readouterr().err
+    assert len(codes) > 12
+    ends_well = 4 if fault is press_ctrl_c else 0
+    assert codes == [1 if fault is fail else 130] * (len(codes) - ends_well) + [0] * ends_well
+
+
+def test_every_file_is_on_the_disk_before_the_first_move(root, tmp_path, monkeypatch, old_and_new):
+    texts, _, new = old_and_new
+    events = []
+
+    def fsync(number, real=os.fsync):
+        real(number)
+        state = os.fstat(number)  # a file keeps its inode when it is moved
+        events.append((state.st_ino, state.st_size))
+
+    def replace(*args, real=os.replace):
+        events.append("move")
+        real(*args)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    assert build(texts, *IN_SHARDS) == 0
+    states = [(root / name).stat() for name in new]
+    assert len(states) > 4
+    assert {(state.st_ino, state.st_size) for state in states} <= set(events[: events.index("move")])
+    assert events[-4:] == ["move"] * 4
+
+
+KILLED_AT_A_MOVE = """
+import os, signal, sys
+from pathlib import Path
+import prepare
+
+def replace(*args, real=os.replace):
+    if not moves:
+        os.kill(os.getpid(), signal.SIGKILL)
+    moves.pop()
+    real(*args)
+
+prepare.ROOT, moves, os.replace = Path(sys.argv[1]), [None] * int(sys.argv[2]), replace
+prepare.main(sys.argv[3:])
+"""
+
+
+@pytest.mark.parametrize("moves", range(4))
+def test_a_kill_between_two_moves_never_mixes_old_and_new(root, old_and_new, moves):
+    texts, old, new = old_and_new
+    arguments = [str(root), str(moves), "--text", str(texts), *SMALL, *IN_SHARDS]
+    done = subprocess.run([sys.executable, "-c", KILLED_AT_A_MOVE, *arguments], stdout=subprocess.DEVNULL, check=False,
+                          env={**os.environ, "PYTHONPATH": str(REPO / "data")})  # fmt: skip
+    assert done.returncode == -signal.SIGKILL
+    found = {name: data for name, data in snapshot(root).items() if not name.startswith(".prepare")}
+    if moves == 0:
+        assert found == old
+    else:  # the old shards are gone, the new ones are not there yet
+        assert found == {MODEL: (new if moves > 1 else old)[MODEL],
+                         "manifest.json": (new if moves > 2 else old)["manifest.json"]}  # fmt: skip
+    assert build(texts, *IN_SHARDS) == 0
+    assert snapshot(root) == new
+
+
+@pytest.mark.parametrize(
+    ("limit", "padding", "file"),
+    [
+        (50_000, "", MODEL),
+        (400_000, "", f"{SHARDS}/fineweb_val_000000.bin"),
+        (650_000, '"note": "%s", ' % ("x" * 700_000), "manifest.json"),
+        (650_000, " " * 700_000, "manifest.json"),  # which the new one is without, but the old one is copied
+    ],
+    ids=["tokenizer", "shard", "manifest", "copy"],
+)
+def test_a_size_limit_is_told_in_one_line_and_nothing_is_lost(root, tmp_path, limit, padding, file):
+    texts = write_texts(tmp_path / "texts")
+    assert build(texts) == 0
+    manifest = (root / "manifest.json").read_text()
+    (root / "manifest.json").write_text(manifest[0] + padding + manifest[1:])
+    shutil.copy(REPO / "data/prepare.py", root)
+    (texts / "long.txt").write_text("0 " * 150_000)  # 600 kB of tokens; the tokenizer has 245 kB
+    before = snapshot(root)
+    done = subprocess.run(
+        [sys.executable, str(root / "prepare.py"), "--text", str(texts), *SMALL], capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)), check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == f"error: {root / file}: cannot be written: File too large; what was there before still is\n"
+    assert snapshot(root) == before
+    assert not list(root.glob(".prepare*"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, of 4 MiB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(path)],
+                          capture_output=True, text=True, check=False) if shutil.which("mount") else None  # fmt: skip
+    if done is None or done.returncode:
+        pytest.skip(f"cannot mount a small disk: {done.stderr.strip() if done else 'no mount command'}")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+def test_a_full_disk_is_told_in_one_line_and_nothing_is_lost(small_disk, tmp_path, monkeypatch, capsys, old_and_new):
+    """Rebuild with room for all files but one, for each in the order of writing, then with room for all."""
+    texts, old, new = old_and_new
+    root = small_disk / "data"
+    monkeypatch.setattr(prepare, "ROOT", root)
+    shutil.copytree(tmp_path / "old", root)
+    block = os.statvfs(small_disk).f_bsize
+    in_order = [MODEL, *sorted(name for name in new if name.startswith("datasets/")), "manifest.json"]
+    sizes = [(name, len(new[name])) for name in in_order]
+    sizes += [(name, len(old[name])) for name in (MODEL, "manifest.json")]  # the copies, to be put back
+    room = 0
+    for name, size in sizes:
+        room += -(-size // block)
+        filler = small_disk / "filler"
+        filler.write_bytes(bytes((os.statvfs(small_disk).f_bavail - (room - 1)) * block))
+        capsys.readouterr()
+        assert build(texts, *IN_SHARDS) == 1
+        one_line_error(capsys, f"{root / name}: cannot be written: No space left on device; what was there before")
+        assert snapshot(root) == old
+        assert not list(root.glob(".prepare*"))
+        filler.unlink()
+    filler.write_bytes(bytes((os.statvfs(small_disk).f_bavail - room) * block))
+    assert build(texts, *IN_SHARDS) == 0
+    assert snapshot(root) == new
+
+
+@pytest.mark.parametrize("folder", ["datasets", "tokenizers"])
+def test_a_folder_that_takes_no_moved_files_keeps_its_old_ones(root, tmp_path, capsys, old_and_new, folder):
+    """A link to another file system refuses renames in both directions, as a folder without write permission does."""
+    elsewhere = Path("/dev/shm")
+    if not elsewhere.is_dir() or elsewhere.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("no second file system")
+    texts, old, _ = old_and_new
+    with tempfile.TemporaryDirectory(dir=elsewhere) as other:
+        (root / folder).rename(tmp_path / "moved")
+        shutil.copytree(tmp_path / "moved", other, dirs_exist_ok=True)
+        (root / folder).symlink_to(other)
+        files = {name: root / name for name in old}
+        capsys.readouterr()
+        assert build(texts, *IN_SHARDS) == 1
+        one_line_error(capsys, str(root / (SHARDS if folder == "datasets" else MODEL)), "Invalid cross-device link")
+        assert {name: path.read_bytes() for name, path in files.items()} == old
+        assert not list(root.glob(".prepare*"))
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 import subprocess
 import sys
 import zlib
-from dataclasses import dataclass
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -17,69 +14,10 @@ import pytest
 from mlx.utils import tree_unflatten
 
 import train_gpt_mlx as tg
-from helpers import REPO, build_model, learnable_tokens, settings, write_shard
+from helpers import REPO, build_model, settings
+from runs import MODEL, ON_CPU, SCRIPT, Outcome
 
 pytestmark = pytest.mark.slow
-
-SCRIPT = REPO / "train_gpt_mlx.py"
-MODEL = dict(
-    vocab_size=320, num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, train_seq_len=16, train_batch_tokens=128,
-    grad_accum_steps=2, val_batch_size=256, mlx_max_microbatch_tokens=48,
-)  # fmt: skip
-ON_CPU = mx.default_device() == mx.Device(mx.cpu)
-
-
-@dataclass
-class Outcome:
-    """What a finished run left behind."""
-
-    code: int
-    out: list[str]
-    err: str
-    folder: Path
-
-    def lines(self, pattern: str) -> list[str]:
-        return [line for line in self.out if re.search(pattern, line)]
-
-    def losses(self) -> list[float]:
-        return [float(re.search(r"train_loss:(\S+)", line)[1]) for line in self.lines("train_loss")]
-
-    def score(self) -> float:
-        return float(re.search(r"val_loss:(\S+)", self.lines("^final_int8_zlib_roundtrip_exact")[0])[1])
-
-    def same_as(self, other: Outcome) -> bool:
-        """Whether both runs computed the same: to the last digit on a CPU; a GPU adds up in no fixed order."""
-        figures, others = [*self.losses(), self.score()], [*other.losses(), other.score()]
-        return figures == others if ON_CPU else figures == pytest.approx(others, rel=1e-3)
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory, tokenizer_proto) -> Path:
-    """A data folder of two training shards, a validation shard of 25 sequences of 16, and a tokenizer."""
-    root = tmp_path_factory.mktemp("data")
-    tokens = learnable_tokens(6000, 320, 7)
-    write_shard(root / "datasets/tiny/fineweb_train_000000.bin", tokens[:1000])
-    write_shard(root / "datasets/tiny/fineweb_train_000001.bin", tokens[1000:])
-    write_shard(root / "datasets/tiny/fineweb_val_000000.bin", learnable_tokens(409, 320, 9))
-    (root / "tokenizers").mkdir()
-    (root / "tokenizers/tiny.model").write_bytes(tokenizer_proto)
-    return root
-
-
-@pytest.fixture
-def run(data, tmp_path):
-    """Start the script with the tiny data and model and the given settings; returns its Outcome."""
-
-    def start(*arguments: str, command=(str(SCRIPT),), **changes) -> Outcome:
-        values = dict(data_path=data / "datasets/tiny", tokenizer_path=data / "tokenizers/tiny.model", run_id="r",
-                      out_dir=tmp_path / "out", iterations=4, warmup_steps=1, warmdown_iters=0, **MODEL)  # fmt: skip
-        environment = {name.upper(): str(value) for name, value in {**values, **changes}.items()}
-        done = subprocess.run([sys.executable, *command, *arguments], cwd=tmp_path, capture_output=True, text=True,
-                              env={**os.environ, "COMPUTE_DTYPE": "float32", **environment}, timeout=240)  # fmt: skip
-        return Outcome(done.returncode, done.stdout.splitlines(), done.stderr, tmp_path / "out")
-
-    return start
-
 
 NUMBER = r"\d+\.\d{4}"
 TIMES = r"train_time:\d+ms step_avg:\d+\.\d\dms"
@@ -127,7 +65,7 @@ def test_every_log_line_in_its_order_and_every_file(run, data):
     for line, pattern in zip(done.out, expected, strict=False):
         assert re.fullmatch(pattern, line)
     assert len(done.out) == len(expected)
-    assert sorted(path.name for path in done.folder.iterdir()) == ["r.txt", "r_mlx_model.int8.ptz", "r_mlx_model.npz"]
+    assert done.files() == ["r.txt", "r_mlx_model.int8.ptz", "r_mlx_model.npz"]
     head, rest = (done.folder / "r.txt").read_text(encoding="utf-8").split("\n" + "=" * 100 + "\n", 1)
     assert head.rstrip("\n") == SCRIPT.read_text(encoding="utf-8").rstrip("\n")
     versions, rest = rest.split("\n" + "=" * 100 + "\n", 1)
@@ -361,19 +299,19 @@ class TestBlas:
         return line.removeprefix("cpu_blas:")
 
     def test_reference_comes_with_a_hint(self, run):
-        for changes in ({"mlx_preload_blas": 0}, {"command": importing("import mlx.core")}):
+        for changes in ({"mlx_preload_blas": 0}, {"script": importing("import mlx.core")}):
             blas = self.blas(run(iterations=0, **changes))
             assert re.fullmatch("reference .*apt-get install libopenblas0-pthread.*", blas)
 
     @pytest.mark.skipif(not openblas_is_installed(), reason="OpenBLAS is not installed on this machine")
     def test_openblas_is_told_truthfully(self, run):
-        for changes in ({"mlx_preload_blas": 1}, {"command": importing("import numpy"), "mlx_preload_blas": 1},
-                        {"command": importing(f"{self.GLOBAL}\nimport mlx.core"), "mlx_preload_blas": 0}):  # fmt: skip
+        for changes in ({"mlx_preload_blas": 1}, {"script": importing("import numpy"), "mlx_preload_blas": 1},
+                        {"script": importing(f"{self.GLOBAL}\nimport mlx.core"), "mlx_preload_blas": 0}):  # fmt: skip
             assert self.blas(run(iterations=0, **changes)) == "openblas"
 
 
 def test_main_can_be_called_by_another_program_with_arguments_of_its_own(run):
-    done = run("--their-own-flag", command=importing(""), iterations=1)
+    done = run("--their-own-flag", script=importing(""), iterations=1)
     assert (done.code, done.err) == (0, "")
     assert done.lines("^final_int8_zlib_roundtrip_exact")
 
