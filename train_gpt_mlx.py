@@ -74,8 +74,7 @@ def require(condition: bool, message: str, error: type[Exception] = InputError) 
 
 @dataclass
 class Setting:
-    """One environment variable, named after the class attribute it is assigned to, in upper case.
-    `Hyperparameters.iterations` reads the environment there and then; an instance keeps what it first read."""
+    """One environment variable, named after the class attribute in upper case; an instance keeps what it first read."""
     group: str
     default: Any  # of the setting's type; a bool is written 0 or 1; a callable makes the value
     meaning: str
@@ -952,7 +951,8 @@ def open_log(args: Hyperparameters, kept: tuple[str, ...] = ()) -> LogFn:
             path.rename(f"{path}.{number}")
         before = paths[0].read_bytes() if paths[0].exists() else b""  # a killed run may have left its last line open
         file = paths[0].open("ab", buffering=0)  # a line is on its way to the disk at once, or fails at once
-        file.write(b"\n" * (before[-1:] not in b"\n") + head * (head not in before))
+        start = b"\n" * (before[-1:] not in b"\n") + head * (head not in before)
+        require(file.write(start) == len(start), f"OUT_DIR={args.out_dir}: there is no room for {paths[0]}")
     except OSError as error:
         raise InputError(f"OUT_DIR={args.out_dir}: {error.filename or paths[0]}: {error.strerror}") from None
     def log(line: str, console: bool = True) -> None:
@@ -1258,7 +1258,7 @@ def main() -> None:
     done, RunError for what fails after, KeyboardInterrupt when a signal left no score."""
     args = Hyperparameters()
     run = set_up(args, read_inputs(args))  # before the log is opened: a run that cannot start leaves nothing behind
-    with signals_watched(run):
+    with signals_watched(run) if threading.current_thread() is threading.main_thread() else contextlib.nullcontext():
         resume(run)
         goes_on = (LOG_SUFFIX, CHECKPOINT_SUFFIX) if run.path(CHECKPOINT_SUFFIX).resolve() in run.saved else ()
         log = run.log = open_log(args, SUFFIXES if args.eval_artifact else goes_on)

@@ -50,6 +50,12 @@ class Outcome:
         text = (self.folder / "r.txt").read_text(encoding="utf-8")
         return text.rsplit("=" * 100 + "\n", 1)[1].splitlines()
 
+    def same_as_from(self, step: int, other: Outcome) -> bool:
+        """Whether this run, resumed, repeats the other's losses from a step on, and its score."""
+        losses = [re.sub(" train_time.*", "", line) for line in other.lines("train_loss")][step - 1 :]
+        return [re.sub(" train_time.*", "", line) for line in self.lines("train_loss")] == losses and (
+            self.score() == other.score())
+
     def same_as(self, other: Outcome) -> bool:
         """Whether both runs computed the same: to the last digit on a CPU; a GPU adds up in no fixed order."""
         figures, others = [*self.losses(), self.score()], [*other.losses(), other.score()]

@@ -292,11 +292,9 @@ def press_ctrl_c(real, *args, **kwargs):
     return result
 
 
-@pytest.mark.parametrize(
-    ("fault", "rebuild"), [(fail, True), (fail, False), (interrupt, True), (press_ctrl_c, True)]
-)
+@pytest.mark.parametrize(("fault", "rebuild"), [(fail, True), (fail, False), (interrupt, True), (press_ctrl_c, True)])
 def test_a_build_that_stops_half_way_changes_nothing(root, tmp_path, monkeypatch, capsys, old_and_new, fault, rebuild):
-    """Stop a first build, or a rebuild with other text, at each of its file operations in turn.
+    """Stop a first build, or a rebuild with other text, at each file that it writes and at each move.
 
     A Ctrl-C during the last four, the moves, has no effect: the build is as good as done.
     """
@@ -313,8 +311,8 @@ def test_a_build_that_stops_half_way_changes_nothing(root, tmp_path, monkeypatch
             )
 
         with monkeypatch.context() as patch:
-            for owner, name in ((os, "replace"), (os, "fsync"), (Path, "mkdir")):
-                patch.setattr(owner, name, faulty(getattr(owner, name)))
+            for name in ("fsync", "replace"):
+                patch.setattr(os, name, faulty(getattr(os, name)))
             capsys.readouterr()
             code = build(texts, *IN_SHARDS)
         assert snapshot(root) == (before if code else after)
@@ -327,7 +325,7 @@ def test_a_build_that_stops_half_way_changes_nothing(root, tmp_path, monkeypatch
             one_line_error(capsys, str(root), ": cannot be written: No space left on device; what was there before")
         elif code == 130:
             assert "interrupted" in capsys.readouterr().err
-    assert len(codes) > 12
+    assert len(codes) == (12 if rebuild else 9)  # 3 + 1 shards, 4 files with the copies, 4 moves; without old ones less
     ends_well = 4 if fault is press_ctrl_c else 0
     assert codes == [1 if fault is fail else 130] * (len(codes) - ends_well) + [0] * ends_well
 
@@ -355,34 +353,39 @@ def test_every_file_is_on_the_disk_before_the_first_move(root, tmp_path, monkeyp
 
 
 KILLED_AT_A_MOVE = """
-import os, signal, sys
+import itertools, os, signal, sys
 from pathlib import Path
 import prepare
 
+moves, last = itertools.count(), int(sys.argv[2])
+
 def replace(*args, real=os.replace):
-    if not moves:
+    move = next(moves)
+    if move == last:
         os.kill(os.getpid(), signal.SIGKILL)
-    moves.pop()
+    if move == 3:
+        raise OSError
     real(*args)
 
-prepare.ROOT, moves, os.replace = Path(sys.argv[1]), [None] * int(sys.argv[2]), replace
+prepare.ROOT, os.replace = Path(sys.argv[1]), replace
 prepare.main(sys.argv[3:])
 """
 
 
-@pytest.mark.parametrize("moves", range(4))
-def test_a_kill_between_two_moves_never_mixes_old_and_new(root, old_and_new, moves):
+@pytest.mark.parametrize("move", [0, 1, 2, 3, 5])
+def test_a_kill_between_two_moves_never_mixes_old_and_new(root, old_and_new, move):
+    """The moves: old shards away; new tokenizer, manifest and shards there; the same backwards, if the last fails."""
     texts, old, new = old_and_new
-    arguments = [str(root), str(moves), "--text", str(texts), *SMALL, *IN_SHARDS]
+    arguments = [str(root), str(move), "--text", str(texts), *SMALL, *IN_SHARDS]
     done = subprocess.run([sys.executable, "-c", KILLED_AT_A_MOVE, *arguments], stdout=subprocess.DEVNULL, check=False,
                           env={**os.environ, "PYTHONPATH": str(REPO / "data")})  # fmt: skip
     assert done.returncode == -signal.SIGKILL
     found = {name: data for name, data in snapshot(root).items() if not name.startswith(".prepare")}
-    if moves == 0:
+    if move == 0:
         assert found == old
-    else:  # the old shards are gone, the new ones are not there yet
-        assert found == {MODEL: (new if moves > 1 else old)[MODEL],
-                         "manifest.json": (new if moves > 2 else old)["manifest.json"]}  # fmt: skip
+    else:  # there are no shards
+        assert found == {MODEL: (new if move > 1 else old)[MODEL],
+                         "manifest.json": (new if move == 3 else old)["manifest.json"]}  # fmt: skip
     assert build(texts, *IN_SHARDS) == 0
     assert snapshot(root) == new
 
@@ -452,6 +455,16 @@ def test_a_full_disk_is_told_in_one_line_and_nothing_is_lost(small_disk, tmp_pat
     filler.write_bytes(bytes((os.statvfs(small_disk).f_bavail - room) * block))
     assert build(texts, *IN_SHARDS) == 0
     assert snapshot(root) == new
+
+
+def test_a_read_only_disk_is_told_in_one_line(small_disk, tmp_path, monkeypatch, capsys, old_and_new):
+    root = small_disk / "data"
+    monkeypatch.setattr(prepare, "ROOT", root)
+    shutil.copytree(tmp_path / "old", root)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert build(old_and_new[0]) == 1
+    one_line_error(capsys, f"error: {root}: cannot be written: Read-only file system; what was there before still is")
+    assert snapshot(root) == old_and_new[1]
 
 
 @pytest.mark.parametrize("folder", ["datasets", "tokenizers"])
