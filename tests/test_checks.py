@@ -180,12 +180,12 @@ def test_tokenizer_that_is_none(checked, tmp_path_factory, data):
 def test_settings_assigned_in_code_are_checked_at_the_start_of_a_run(checked, data):
     args = tg.Hyperparameters()
     args.num_heads, args.beta1, args.iterations, args.run_id = 0, float("nan"), 2.5, None
-    args.matrix_lr, args.model_dim = np.float32(0.1), np.int64(512)  # these are numbers, too
+    args.matrix_lr, args.mlp_mult = np.float32(0.1), np.int64(2)  # these are numbers, too
     with pytest.raises(tg.InputError) as caught:
         tg.read_inputs(args)
     names = [line.split("=")[0] for line in str(caught.value).splitlines()]
     assert names[:4] == ["RUN_ID", "ITERATIONS", "NUM_HEADS", "BETA1"]
-    assert not {"MATRIX_LR", "MODEL_DIM"} & set(names)
+    assert not {"MATRIX_LR", "MLP_MULT"} & set(names)
 
 
 def test_a_subclass_is_checked_by_the_rules_of_what_it_replaces(data):
