@@ -115,15 +115,32 @@ class TestResume:
         "changes",
         [{"matrix_lr": 0.05}, {"seed": 1}, {"train_batch_tokens": 96}, {"warmdown_iters": 3}, {"beta2": 0.9},
          {"mlx_max_microbatch_tokens": 32}, {"model_dim": 32}, {"num_layers": 3}, {"val_batch_size": 128},
-         {"control_tensor_name_patterns": "q_gain"}, {"int8_keep_float_fp32_name_patterns": "q_gain"},
-         {"grad_clip_norm": 1.0}, {"logit_softcap": 20.0}],
+         {"grad_clip_norm": 1.0}, {"logit_softcap": 20.0}, {"muon_momentum": 0.9}, {"train_seq_len": 8}],
         ids=lambda changes: "-".join(changes))  # fmt: skip
-    def test_settings_that_change_the_result_are_refused_by_name(self, checkpoint, run, changes):
+    def test_settings_that_change_the_result_are_refused_by_name(self, resumed, changes):
+        with pytest.raises(tg.InputError) as caught:
+            resumed(**changes)
         (name,) = changes
-        done = run(run_id="r", out_dir=checkpoint, resume="auto", iterations=9, **changes)
-        assert (done.code, done.out) == (2, [])
-        message = rf"error: RESUME=\S+: cannot go on from there: .*{name.upper()} was .* and is .*\n"
-        assert re.fullmatch(message, done.err)
+        message = rf"RESUME=\S+: cannot go on from there: .*{name.upper()} was .* and is .*"
+        assert re.fullmatch(message, str(caught.value))
+
+    @pytest.mark.parametrize("name", ["CONTROL_TENSOR_NAME_PATTERNS", "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS"])
+    def test_so_are_name_lists(self, resumed, monkeypatch, name):
+        monkeypatch.setattr(tg, name, ("q_gain",))
+        with pytest.raises(tg.InputError, match=f"{name} was .* and is"):
+            resumed()
+
+    def test_state_is_that_of_the_file(self, resumed, checkpoint):
+        run = resumed()
+        arrays = mx.load(str(checkpoint / "r_checkpoint.safetensors"))
+        state = dict(tree_flatten(tg.training_state(run)))
+        assert state.keys() == arrays.keys()
+        assert all(mx.array_equal(state[name], arrays[name]) for name in arrays)
+        assert all(state[name].dtype == arrays[name].dtype for name in arrays)
+        assert (run.step, run.checkpointed_step, run.position) == (4, 4, (0, 528, 1))
+        mx.random.seed(0)
+        resumed()
+        assert mx.random.state[0].tolist() == arrays["random"].tolist()
 
     def test_every_difference_is_named(self, checkpoint, run):
         done = run(out_dir=checkpoint, resume="auto", matrix_lr=0.05, seed=1, compute_dtype="bfloat16")
@@ -153,7 +170,7 @@ class TestResume:
         assert len(done.losses()) == 2
 
     @pytest.mark.parametrize("damage", ["cut", "empty", "foreign", "other format", "npz", "no about", "shapes"])
-    def test_damaged_or_foreign_file_is_refused_in_one_line(self, checkpoint, run, damage):
+    def test_damaged_or_foreign_file_is_refused_in_one_line(self, checkpoint, resumed, damage):
         path = checkpoint / "r_checkpoint.safetensors"
         whole = path.read_bytes()
         arrays, metadata = mx.load(str(path), return_metadata=True)
@@ -172,11 +189,16 @@ class TestResume:
         elif damage == "shapes":
             arrays["model.skip_weights"] = mx.ones((7, 7))
             mx.save_safetensors(str(path), arrays, metadata)
-        before = sorted(p.name for p in checkpoint.iterdir())
-        done = run(out_dir=checkpoint, resume="auto", iterations=9)
+        with pytest.raises(tg.InputError) as caught:
+            resumed()
+        assert re.fullmatch(f"RESUME={path}: cannot go on from there: .*", str(caught.value))
+
+    def test_refused_one_leaves_everything_as_it_was(self, checkpoint, run):
+        before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+        done = run(out_dir=checkpoint, resume="auto", iterations=9, seed=2)
         assert (done.code, done.out) == (2, [])
-        assert re.fullmatch(rf"error: RESUME={path}: cannot go on from there: .*\n", done.err)
-        assert sorted(p.name for p in checkpoint.iterdir()) == before  # nothing was moved or begun
+        assert re.fullmatch(r"error: RESUME=\S+: cannot go on from there: .*SEED was 1337 and is 2\n", done.err)
+        assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
 
     def test_is_no_pickle_and_says_what_it_is(self, checkpoint):
         arrays, metadata = mx.load(str(checkpoint / "r_checkpoint.safetensors"), return_metadata=True)
@@ -205,6 +227,21 @@ def four_steps(tmp_path_factory, data):
 def checkpoint(four_steps, tmp_path):
     """A copy of its folder."""
     return shutil.copytree(four_steps, tmp_path / "four")
+
+
+@pytest.fixture
+def resumed(checkpoint, data, tmp_path, monkeypatch):
+    """Set up a run as in a process of its own, with some settings changed, and resume that checkpoint."""
+
+    def set_up(**changes) -> tg.Run:
+        for name, value in environment(data, tmp_path, out_dir=checkpoint, resume="auto", **changes).items():
+            monkeypatch.setenv(name, value)
+        args = tg.Hyperparameters()
+        run = tg.set_up(args, tg.read_inputs(args))
+        tg.resume(run)
+        return run
+
+    return set_up
 
 
 def test_kill_at_any_moment_of_a_chain_of_fifty_loses_nothing(start, run):

@@ -156,7 +156,7 @@ class TestSignal:
     def test_at_random_moments(self, start):
         rng = random.Random(5)
         ends = set()
-        for _ in range(8):
+        for _ in range(6):
             process = start(iterations=12, warmup_steps=2, val_loss_every=4, checkpoint_every=2, train_log_every=1)
             process.wait_for("", count=rng.randint(1, 45))
             for _ in range(rng.randint(1, 2)):
