@@ -46,7 +46,6 @@ def preload_openblas() -> bool:
         with contextlib.suppress(OSError):  # not installed: the run's log says so, and how to get it
             ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
     return hasattr(ctypes.CDLL(None), "openblas_get_config")
-
 HAS_OPENBLAS = preload_openblas()
 
 import mlx.core as mx
@@ -105,7 +104,7 @@ class Setting:
         sound = isinstance(value, (str, os.PathLike)) and (value != "" or self.default == "")
         if kind in (bool, int, float):
             sound = isinstance(value, (int, np.integer) if kind is int else (int, float, np.number))
-            sound = sound and abs(value) < math.inf and (kind is not bool or value in (0, 1))
+            sound = sound and abs(value) < {bool: 2, float: 3e38}.get(kind, 2**64 if "<" in self.limits else 2**31)
         for sign, end in re.findall(r"([<>]=?) (\S+)", self.limits):
             sound = sound and {"<": value < float(end), ">": value > float(end), ">=": value >= float(end)}[sign]
         require(sound, f"{self.variable}={value}: must be {self.allowed()}")
@@ -135,8 +134,8 @@ class Hyperparameters:
     train_seq_len = Setting("loop", 1024, "tokens per sequence", ">= 1", fallback="TRAIN_MAX_SEQ_LEN")
     warmup_steps = Setting("loop", 20, "steps to compile and allocate, off the clock; nothing is learned", ">= 0")
     warmdown_iters = Setting("loop", 1200, "last steps, over which the learning rate falls linearly to 0")
-    max_wallclock_seconds = Setting("loop", 600.0, "most seconds of training; 0: no cap")
-    checkpoint_every = Setting("loop", 0, "write a checkpoint every so many steps; 0: only when interrupted", ">= 0")
+    max_wallclock_seconds = Setting("loop", 600.0, "most seconds of training; 0: no cap", "< 1e9")
+    checkpoint_every = Setting("loop", 0, "checkpoint every so many steps and at the end; 0: only when interrupted", ">= 0")
     mlx_max_microbatch_tokens = Setting("memory", 8192, "most tokens in the model at once; less: less memory", ">= 1")
     mlx_eager_eval = Setting("memory", True, "finish each chunk before the next begins: keeps memory at one chunk")
     logit_chunk_tokens = Setting("memory", 0, "make the logits of so many tokens at a time; 0: of all at once", ">= 0")
@@ -163,15 +162,13 @@ class Hyperparameters:
     muon_momentum_warmup_steps = Setting("optimizer", 500, "Muon: steps until MUON_MOMENTUM; 0: constant", ">= 0")
     grad_clip_norm = Setting("optimizer", 0.0, "scale gradients down to this global norm; 0: off")
     def __init__(self) -> None:
-        for name, setting in settings_of(type(self)).items():
-            with contextlib.suppress(InputError):
-                vars(self)[name] = setting.read()
-        if settings_of(type(self)).keys() - vars(self).keys():
-            read_inputs(self)  # raises InputError, which names all else that is wrong along with the unreadable text
+        try:
+            vars(self).update({name: setting.read() for name, setting in settings_of(type(self)).items()})
+        except InputError:
+            read_inputs(self)  # raises one that names all else that is wrong along with the unreadable text
     train_files = property(lambda self: f"{self.data_path}/fineweb_train_*.bin", doc="Glob pattern of training shards.")
     val_files = property(lambda self: f"{self.data_path}/fineweb_val_*.bin", doc="Glob pattern of those to score.")
-    microbatch_tokens = property(lambda self: self.train_batch_tokens // self.grad_accum_steps,
-                                 doc="Tokens of one of the GRAD_ACCUM_STEPS parts of a batch.")
+    microbatch_tokens = property(lambda self: self.train_batch_tokens // self.grad_accum_steps, doc="Of a microbatch.")
     def lr_mul(self, step: int, elapsed_ms: float) -> float:
         """Learning-rate multiplier after `step` steps and elapsed_ms of training: 1, then linearly down to 0. With a
         cap the warmdown is WARMDOWN_ITERS steps of the mean length so far; where fewer fit, all but one are scaled."""
@@ -372,8 +369,7 @@ def build_sentencepiece_luts(sp: spm.SentencePieceProcessor, vocab_size: int) ->
         is_boundary[token_id] = False
         piece = sp.id_to_piece(token_id)
         has_leading_space[token_id] = piece.startswith("\u2581")
-        text = piece.removeprefix("\u2581")
-        base_bytes[token_id] = 1 if sp.is_byte(token_id) else len(text.encode("utf-8"))  # a byte is spelled <0x0A>
+        base_bytes[token_id] = 1 if sp.is_byte(token_id) else len(piece.removeprefix("\u2581").encode())  # "<0x0A>": 1
     return base_bytes, has_leading_space, is_boundary
 
 # 4. Model -----------------------------------------------------------------------------------------------------
@@ -425,8 +421,7 @@ class CausalSelfAttention(nn.Module):
             return y.reshape(batch, seq, count, self.head_dim).transpose(0, 2, 1, 3)
         q, k = heads(self.c_q(x), self.num_heads), heads(self.c_k(x), self.num_kv_heads)
         v = heads(self.c_v(x), self.num_kv_heads)
-        q = self.rope(rms_norm(q).astype(COMPUTE_DTYPE))
-        k = self.rope(rms_norm(k).astype(COMPUTE_DTYPE))
+        q, k = (self.rope(rms_norm(y).astype(COMPUTE_DTYPE)) for y in (q, k))
         q = q * self.q_gain.astype(q.dtype)[None, :, None, None]
         y = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask="causal")
         return self.proj(y.transpose(0, 2, 1, 3).reshape(batch, seq, dim))
@@ -435,8 +430,7 @@ class MLP(nn.Module):
     """Two matrices with a squared ReLU between them (arXiv:2109.08668)."""
     def __init__(self, dim: int, mlp_mult: int) -> None:
         super().__init__()
-        self.fc = CastedLinear(dim, dim * mlp_mult)
-        self.proj = CastedLinear(dim * mlp_mult, dim)
+        self.fc, self.proj = CastedLinear(dim, dim * mlp_mult), CastedLinear(dim * mlp_mult, dim)
     def __call__(self, x: mx.array) -> mx.array:
         """(batch, seq, dim) -> (batch, seq, dim)"""
         return self.proj(mx.square(nn.relu(self.fc(x))))
@@ -471,8 +465,7 @@ class GPT(nn.Module):
         super().__init__()
         require(logit_softcap > 0.0, f"LOGIT_SOFTCAP={logit_softcap} must be above 0")
         self.logit_chunk_tokens, self.logit_softcap = logit_chunk_tokens, logit_softcap
-        self.num_encoder_layers = num_layers // 2
-        self.num_decoder_layers = num_layers - self.num_encoder_layers
+        self.num_encoder_layers, self.num_decoder_layers = num_layers // 2, num_layers - num_layers // 2
         self.num_skip_weights = min(self.num_encoder_layers, self.num_decoder_layers)
         # The order of the random draws is part of the baseline: one seed, one model, bit for bit. That is why
         # nn.Embedding draws here what is drawn again at the end.
@@ -484,15 +477,13 @@ class GPT(nn.Module):
         for block in self.blocks:
             block.attn.proj.weight = mx.zeros_like(block.attn.proj.weight)
             block.mlp.proj.weight = mx.zeros_like(block.mlp.proj.weight)
-        embedding = mx.random.normal(self.tok_emb.weight.shape, dtype=mx.float32) * tied_embed_init_std
-        self.tok_emb.weight = embedding.astype(COMPUTE_DTYPE)
+        self.tok_emb.weight = (mx.random.normal((vocab_size, dim)) * tied_embed_init_std).astype(COMPUTE_DTYPE)
     def __call__(self, input_ids: mx.array) -> mx.array:
         """Token ids (batch, seq) -> normalised hidden states (batch, seq, dim) in COMPUTE_DTYPE."""
         x = x0 = rms_norm(self.tok_emb(input_ids).astype(COMPUTE_DTYPE))
         skips = []
         for block in self.blocks[: self.num_encoder_layers]:
-            x = block(x, x0)
-            skips.append(x)
+            skips.append(x := block(x, x0))
         for i, block in enumerate(self.blocks[self.num_encoder_layers :]):
             if skips:
                 x = x + self.skip_weights[i].astype(x.dtype) * skips.pop()
@@ -506,9 +497,8 @@ class GPT(nn.Module):
         The logits (tokens, vocab_size) are the largest array of all; logit_chunk_tokens > 0 makes them in parts."""
         x = self(input_ids)
         x, targets = x.reshape(-1, x.shape[-1]), target_ids.reshape(-1)
-        num_tokens = targets.size
+        num_tokens, total = targets.size, mx.array(0.0)
         chunk = self.logit_chunk_tokens if self.logit_chunk_tokens > 0 else num_tokens
-        total = mx.array(0.0, dtype=mx.float32)
         for start in range(0, num_tokens, chunk):
             logits = self.softcap(x[start : start + chunk] @ self.tok_emb.weight.astype(x.dtype).T)
             losses = nn.losses.cross_entropy(logits.astype(mx.float32), targets[start : start + chunk])
@@ -527,9 +517,8 @@ def zeropower_newtonschulz5(g: mx.array, steps: int, eps: float = 1e-7) -> mx.ar
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g.astype(mx.float32)
     x = x / (mx.linalg.norm(x) + eps)
-    transposed = x.shape[0] > x.shape[1]  # x @ x.T is smallest with the short side first
-    if transposed:
-        x = x.T
+    transposed = x.shape[0] > x.shape[1]
+    x = x.T if transposed else x  # x @ x.T is smallest with the short side first
     for _ in range(steps):
         gram = x @ x.T
         x = a * x + (b * gram + c * (gram @ gram)) @ x
@@ -709,8 +698,7 @@ def quantize_float_array(arr: mx.array) -> tuple[np.ndarray, np.ndarray]:
         stored = scale[:, 0].astype(INT8_PER_ROW_SCALE_DTYPE)
     else:
         stored = scale = np.asarray(clip / np.float32(127.0) if clip > 0 else 1.0, dtype=np.float32)
-    q = np.clip(np.round(np.clip(w, -clip, clip) / scale), -127, 127).astype(np.int8)
-    return q, stored
+    return np.clip(np.round(np.clip(w, -clip, clip) / scale), -127, 127).astype(np.int8), stored
 
 def quantize_state_dict_int8(flat_state: FlatParams) -> tuple[dict[str, Any], dict[str, int]]:
     """(object of NumPy arrays to pickle, statistics): large floating tensors in int8, the rest passed through.
@@ -729,12 +717,11 @@ def quantize_state_dict_int8(flat_state: FlatParams) -> tuple[dict[str, Any], di
             obj["dtypes"][name] = str(arr.dtype).removeprefix("mlx.core.")
             if arr.ndim == 2:
                 obj["qmeta"][name] = {"scheme": "per_row", "axis": 0}
-    payload = [arr for part in ("quantized", "scales", "passthrough") for arr in obj[part].values()]
     stats = {
         "param_count": sum(arr.size for arr in flat_state.values()), "num_tensors": len(flat_state),
         "num_float_tensors": len(obj["quantized"]), "num_nonfloat_tensors": num_nonfloat,
         "baseline_tensor_bytes": sum(arr.nbytes for arr in flat_state.values()),
-        "int8_payload_bytes": sum(arr.nbytes for arr in payload)}
+        "int8_payload_bytes": sum(a.nbytes for k in ("quantized", "scales", "passthrough") for a in obj[k].values())}
     optional = ("qmeta", "passthrough_orig_dtypes")  # the format leaves these out when they are empty
     return {key: value for key, value in obj.items() if value or key not in optional}, stats
 
@@ -762,9 +749,12 @@ def unpickle(data: bytes) -> Any:
             require(re.fullmatch(known, f"{module}.{name}") is not None,  # core was NumPy 1's, _core is NumPy 2's
                     f"it would run {module}.{name}: only NumPy arrays and plain containers are let in")
             return lambda *arguments: Note([name, *arguments])
+    made: dict[int, Any] = {}  # by id, so that what a file has many times over is made once
     def plain(node: Any) -> Any:
+        if isinstance(node, dict) and id(node) not in made:
+            made[id(node)] = {key: plain(value) for key, value in node.items()}
         if not isinstance(node, Note):
-            return {key: plain(value) for key, value in node.items()} if isinstance(node, dict) else node
+            return made.get(id(node), node)
         if node[0] == "_reconstruct":  # (ndarray, (0,), b"b"), with the state (1, shape, dtype, is_fortran, bytes)
             _, shape, dtype, order, buffer = node[-1]
         else:  # scalar(dtype, buffer) or _frombuffer(buffer, dtype, shape, order)
@@ -772,8 +762,8 @@ def unpickle(data: bytes) -> Any:
         code = dtype[-1][1] + dtype[1]  # dtype("f4", False, True), with the state (3, "<", ...)
         require(re.fullmatch("[<>|]([iu][1248]|f[248]|b1)", code) is not None, f"it has an array of dtype {code!r}")
         return np.frombuffer(buffer, code).reshape(shape, order="F" if order in (True, "F") else "C")
-    for opcode, argument, _ in pickletools.genops(data):  # runs nothing, and refuses lengths beyond the data
-        require(not opcode.name.endswith("PUT") or argument <= len(data), "it asks for a table larger than itself")
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):  # runs nothing, and finds what is cut off
+        require(count < 1_000_000 and (not opcode.name.endswith("PUT") or argument <= count), "it is a pickle bomb")
     return plain(Unpickler(io.BytesIO(data)).load())
 
 def check_arrays(found: dict[str, Any], expected: FlatParams) -> None:
@@ -803,15 +793,18 @@ def load_flat_state(path: Path, params: FlatParams) -> FlatParams:
             require(decompressor.eof, "it is cut off")
             obj = unpickle(raw)
             require(obj.get("__quant_format__") == QUANT_FORMAT, f"its format tag is not {QUANT_FORMAT!r}")
+            arrays = [*obj["quantized"].values(), *obj["passthrough"].values()]
+            require(sum(array.size for array in arrays) <= limit, too_large)  # the same one may be there many times
             for name, q in obj["quantized"].items():
                 require(q.dtype == np.int8 and obj["scales"][name].shape in ((), q.shape[:1]),
                         f"{name} is not an int8 array with a scale for each row or one for all")
             state = dequantize_state_dict_int8(obj)
         check_arrays(state, params)
+        mx.eval(state)  # MLX reads when it needs to
         return state
     except Exception as error:  # whatever a damaged file makes of its readers
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise InputError(f"{path}: is no model that can be scored: {reason}") from None
+        reason = str(error) if isinstance(error, InputError) else getattr(error, "strerror", None) or repr(error)
+        raise InputError(f"{path}: is no model that can be scored: {ascii(reason)[1:-1]:.2000}") from None
 
 # 9. The run ---------------------------------------------------------------------------------------------------
 # In: the settings. Out: a log, the weights (.npz), the compressed model (.int8.ptz) and its score. Only this section
@@ -821,10 +814,11 @@ SUFFIXES = ".txt", "_checkpoint.safetensors", "_mlx_model.npz", "_mlx_model.int8
 LOG_SUFFIX, CHECKPOINT_SUFFIX, NPZ_SUFFIX, ARTIFACT_SUFFIX = SUFFIXES
 CHECKPOINT_FORMAT = "parameter_golf_mlx_checkpoint_v1"
 SUBMISSION_CAP_BYTES = 16_000_000  # for this file and the compressed model together
-# What may differ when a run is resumed. Data and tokenizer may have moved, so they are compared by their content.
+# What may differ when a run is resumed. Data and tokenizer may have moved: their checksums are compared.
 RESUMABLE = {
     "data_path", "tokenizer_path", "run_id", "out_dir", "resume", "eval_artifact", "iterations", "warmup_steps",
-    "max_wallclock_seconds", "checkpoint_every", "val_loss_every", "val_max_tokens", "train_log_every"}
+    "max_wallclock_seconds", "checkpoint_every", "val_loss_every", "val_max_tokens", "train_log_every",
+    "val_batch_size", "logit_chunk_tokens", "mlx_eager_eval"}  # these three need less memory, and change last digits
 
 @dataclass
 class Inputs:
@@ -835,7 +829,7 @@ class Inputs:
     val_tokens: np.ndarray  # (k * seq_len + 1,) int32, those to be scored
     byte_tables: tuple[np.ndarray, ...]
     num_val_tokens: int = 0  # that VAL_MAX_TOKENS chose from
-    val_checksum: int = 0
+    data_checksum: int = 0
 
 @dataclass
 class Run:
@@ -862,14 +856,13 @@ class Run:
         return self.step >= self.args.iterations or 0.0 < 1000.0 * self.args.max_wallclock_seconds <= self.train_ms
     def safe_point(self, stage: str) -> None:
         """Raise KeyboardInterrupt if a signal has come that training did not end for."""
-        saved = ", ".join(map(str, self.saved)) or "nothing"
-        message = f"interrupted by {self.signal} during {stage}: no score; saved: {saved}"
+        message = f"interrupted by {self.signal} during {stage}: no score; saved: "  # main() says what
         require(not self.signal or self.answered, message, KeyboardInterrupt)
 
 def path_problems(args: Hyperparameters) -> Iterator[str]:
     """What is wrong with names and paths."""
     run_id, out_dir = args.run_id, Path(os.path.abspath(args.out_dir))
-    if "/" in run_id or run_id in (".", "..") or not run_id.isprintable() or len(run_id.encode()) > 200:
+    if "/" in run_id or run_id in ("", ".", "..") or not run_id.isprintable() or len(run_id.encode()) > 200:
         yield f"RUN_ID={run_id!r:.250}: must be printable, without a slash, and of at most 200 bytes"
     if args.resume == "auto" and "RUN_ID" not in os.environ:
         yield "RESUME=auto: set RUN_ID, to say whose checkpoint is meant"
@@ -884,12 +877,13 @@ def path_problems(args: Hyperparameters) -> Iterator[str]:
     if not Path(args.data_path).is_dir():
         yield f"DATA_PATH={args.data_path}: no such folder: {HOW_TO_GET_DATA}"
 
-def check_train_shards(args: Hyperparameters) -> None:
-    """Check every shard's header and size, and the ids of the first batch; other ids are checked as they are taken."""
+def check_train_shards(args: Hyperparameters) -> int:
+    """Check all headers and sizes, and the ids of the first million tokens; returns a checksum of just these."""
     files = find_shards(args.train_files)
     counts = [count_shard_tokens(path, least=1) for path in files]
-    first = np.fromfile(files[0], "<u2", min(counts[0], args.train_batch_tokens), offset=4 * SHARD_HEADER_INTS)
+    first = np.fromfile(files[0], "<u2", min(counts[0], 1_000_000), offset=4 * SHARD_HEADER_INTS)
     check_token_ids(first, args.vocab_size, files[0])
+    return zlib.crc32(f"{counts}".encode(), zlib.crc32(first))
 
 def read_inputs(args: Hyperparameters) -> Inputs:
     """Check settings, data and tokenizer, and read what validation needs; nothing is written yet. Raises InputError
@@ -915,24 +909,24 @@ def read_inputs(args: Hyperparameters) -> Inputs:
     examine(lambda: microbatch_seqs("TRAIN_BATCH_TOKENS", args.train_batch_tokens, args))
     examine(lambda: microbatch_seqs("VAL_BATCH_SIZE", args.val_batch_size, args))
     examine(lambda: require(not 0 < args.val_max_tokens < args.train_seq_len,
-                            f"VAL_MAX_TOKENS={args.val_max_tokens}: must be 0, or a whole sequence at least"))
+                            f"VAL_MAX_TOKENS={args.val_max_tokens}: must be 0 or at least TRAIN_SEQ_LEN"))
     tokenizer = examine(lambda: load_tokenizer(args.tokenizer_path, args.vocab_size))
     if Path(str(args.data_path)).is_dir():
         dataset = examine(validate_dataset_tokenizer_pair, args.data_path, args.tokenizer_path)
         val_tokens = examine(lambda: load_validation_tokens(args.val_files, args.train_seq_len, args.vocab_size))
-        if not args.eval_artifact:
-            examine(check_train_shards, args)
+        checksum = 0 if args.eval_artifact else examine(check_train_shards, args)
     text = "\n".join(errors).replace(HOW_TO_GET_DATA, "see below", "".join(errors).count(HOW_TO_GET_DATA) - 1)
     if errors:
         raise next(iter(errors.values())) if len(errors) == 1 else InputError(text)
     scored = args.val_max_tokens // args.train_seq_len * args.train_seq_len + 1 if args.val_max_tokens else None
     return Inputs(*dataset, val_tokens[:scored], build_sentencepiece_luts(tokenizer, args.vocab_size),
-                  len(val_tokens) - 1, zlib.crc32(val_tokens))
+                  len(val_tokens) - 1, zlib.crc32(val_tokens, checksum))
 
 def tell(line: str, stream: Any) -> None:
     """Print to a console that may be gone: a closed terminal must not end a run."""
     try:
-        print(line.encode("utf-8", "backslashreplace").decode(), file=stream, flush=True)
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        print(line.encode(encoding, "backslashreplace").decode(encoding) + "\n", end="", file=stream, flush=True)
     except OSError:
         with contextlib.suppress(OSError):  # from now on into the void, also what Python itself flushes when it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -995,17 +989,18 @@ def signals_watched(run: Run) -> Iterator[None]:
             name = signal.Signals(byte[0]).name
             if byte[0] in numbers and not run.signal:
                 run.signal = name  # and tell so in a thread of its own, which a stopped terminal may hold up
-                line = f"interrupted:{name} ending in good order, which may take a while; once more ends it at once"
+                line = f"interrupted:{name} the run ends at the next safe point; once more, and it ends at once"
                 threading.Thread(target=run.log, args=(line,), daemon=True).start()
             elif name in ("SIGINT", "SIGTERM"):  # a terminal that closes may send several SIGHUP
-                for path in run.path("").parent.glob(f".{glob.escape(run.args.run_id)}_*.tmp"):
-                    path.unlink(missing_ok=True)
+                for path in map(run.path, SUFFIXES):
+                    with contextlib.suppress(OSError):
+                        path.with_name(f".{path.name}.tmp").unlink()
                 os._exit(130)
         os.close(reader)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     handlers = [signal.signal(number, lambda *_: None) for number in numbers]
     for number in numbers:
         signal.siginterrupt(number, False)  # system calls of MLX and its compiler go on
-    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=watch, daemon=True).start()
     try:
         yield
@@ -1028,8 +1023,7 @@ def set_up(args: Hyperparameters, inputs: Inputs) -> Run:
 
 def require_finite(arrays: FlatParams, step: int) -> None:
     """Raise RunError for weights or optimizer state that nothing good can come of any more."""
-    floats = {name: array for name, array in arrays.items() if mx.issubdtype(array.dtype, mx.floating)}
-    names = [name for name, array in floats.items() if not mx.isfinite(array).all().item()]
+    names = [name for name, array in arrays.items() if not mx.isfinite(array).all().item()]
     require(not names, f"after step {step} these are not finite, and are not saved: {', '.join(names)}", RunError)
 
 def training_state(run: Run) -> dict[str, Any]:
@@ -1043,7 +1037,7 @@ def settings_behind(run: Run) -> dict[str, str]:
     values = {setting.variable: getattr(args, name) for name, setting in settings.items() if name not in RESUMABLE}
     values |= {"COMPUTE_DTYPE": COMPUTE_DTYPE, "CONTROL_TENSOR_NAME_PATTERNS": CONTROL_TENSOR_NAME_PATTERNS,
                "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": INT8_KEEP_FLOAT_FP32_NAME_PATTERNS,
-               "DATA_PATH": f"{inputs.dataset_name} ({inputs.train_shards} shards, val checksum {inputs.val_checksum})",
+               "DATA_PATH": f"data with checksum {inputs.data_checksum}",
                "TOKENIZER_PATH": f"one with checksum {zlib.crc32(b''.join(t.tobytes() for t in inputs.byte_tables))}"}
     return {name: str(value) for name, value in values.items()}
 
@@ -1083,11 +1077,16 @@ def resume(run: Run) -> None:
         run.optimizers.muon.buffers = state["muon"]
         run.optimizers.adam_embed.state, run.optimizers.adam_scalar.state = state["adam_embed"], state["adam_scalar"]
         mx.random.seed(int.from_bytes(np.array(state["random"]).astype(">u4").tobytes(), "big"))  # a seed's halves
-        run.step = run.checkpointed_step = about["step"]
-        run.train_ms, run.position, run.saved = about["train_ms"], tuple(about["position"]), (path.resolve(),)
+        run.step = run.checkpointed_step = int(about["step"])
+        run.train_ms, run.position, run.saved = float(about["train_ms"]), tuple(about["position"]), (path.resolve(),)
+        file_idx, pos, epoch = run.position
+        possible = run.step > 0 <= run.train_ms < math.inf and min(file_idx, pos, epoch - 1) >= 0
+        require(possible and file_idx < run.inputs.train_shards, "its place in the run is impossible")
         run.args.run_id = run.args.run_id if "RUN_ID" in os.environ else about["run_id"]
+        require(not list(path_problems(run.args)), f"RUN_ID={about['run_id']!r} cannot be one")  # a stranger's, maybe
     except Exception as error:  # whatever a damaged file makes of its readers
-        raise InputError(f"RESUME={path}: cannot go on from there: {error}") from None
+        reason = str(error) if isinstance(error, InputError) else getattr(error, "strerror", None) or repr(error)
+        raise InputError(f"RESUME={path}: cannot go on from there: {ascii(reason)[1:-1]}") from None
 
 def log_configuration(run: Run) -> None:
     """Log what is about to run. Other people's scripts parse these lines: fields may be added, not changed."""
@@ -1180,11 +1179,7 @@ def train(run: Run) -> None:
             require(run.answered, str(error), RunError)
             log(f"WARNING: {error}")  # there may still be room for the model, which is smaller
         if finished or (args.val_loss_every > 0 and run.step % args.val_loss_every == 0):
-            try:
-                val_loss, val_bpb, mark = validate(run)
-            except KeyboardInterrupt:
-                write_checkpoint(run)
-                run.safe_point("validation")  # again, now that there is more to tell of
+            val_loss, val_bpb, mark = validate(run)
             log(f"{at_step} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} "
                 f"train_time:{run.train_ms:.0f}ms step_avg:{run.train_ms / max(run.step, 1):.2f}ms{mark}")
         if finished:
@@ -1232,6 +1227,7 @@ def save(run: Run) -> Path:
         with complete_file(path) as file:
             file.write(content)
         run.saved += (path,)
+    run.checkpointed_step = run.step  # for these files have it all, and the weights in memory will be rounded
     log(f"saved_model:{npz_path} bytes:{npz_path.stat().st_size}")
     artifact_bytes, code_bytes = artifact_path.stat().st_size, CODE_PATH.stat().st_size
     payload, total_bytes = stats["int8_payload_bytes"], code_bytes + artifact_bytes
@@ -1271,12 +1267,16 @@ def main() -> None:
                 train(run)
                 score(run, save(run))
         except BaseException as error:
+            if run.signal and type(error) is RuntimeError:  # Ctrl-C also ended the compiler that MLX calls on a CPU
+                error = KeyboardInterrupt(f"interrupted by {run.signal} during a computation: no score; saved: ")
+            if isinstance(error, (KeyboardInterrupt, InputError, OSError)):  # the model is as the last step left it
+                write_checkpoint(run)
+            if isinstance(error, KeyboardInterrupt):
+                error.args = (f"{error}{', '.join(map(str, run.saved)) or 'nothing'}",)
             log(f"error: {error}", console=False)
-            if type(error) is RuntimeError:  # Ctrl-C also ends the compiler that MLX calls on a CPU
-                run.safe_point("a computation")
             if run.step > 0 and isinstance(error, (InputError, OSError)):  # of a shard that was opened during the run
                 raise RunError(str(error)) from error
-            raise
+            raise error
 
 def command_line(arguments: list[str]) -> int:
     """The exit status: 0 for a score or --help, 2 for what was wrong before training, 1 for what failed then, 130 for

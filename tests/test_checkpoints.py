@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import random
 import re
 import shutil
@@ -15,6 +17,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 import train_gpt_mlx as tg
+from conftest import train_tokenizer
 from helpers import build_model, settings, write_shard
 from runs import ON_CPU, Outcome, command, environment
 
@@ -37,12 +40,15 @@ def figures_from(step: int, lines: list[str]) -> list[str]:
 
 class TestResume:
     # Uncompiled in bfloat16: on a CPU, MLX compiles for a minute, once, what it runs in it.
-    @pytest.mark.parametrize(("dtype", "uncompiled"), [("float32", 0), ("bfloat16", 1)])
-    def test_later_figures_are_those_of_the_uninterrupted_run(self, run, start, dtype, uncompiled):
-        settings = dict(RUN, compute_dtype=dtype, mlx_disable_compile=uncompiled)
+    @pytest.mark.parametrize(
+        ("changes", "epochs"),
+        [(dict(compute_dtype="float32"), 0), (dict(compute_dtype="bfloat16", mlx_disable_compile=1), 0),
+         (dict(train_batch_tokens=1024), 2)], ids=str)  # fmt: skip
+    def test_later_figures_are_those_of_the_uninterrupted_run(self, run, start, changes, epochs):
+        settings = dict(RUN, **changes)
         expected = figures(run(**settings, run_id="whole"))
-        assert len(expected) == 14 + 4 + 2  # steps; validations at 0, 5, 10 and 14; the score
-        for number, every in ((1, 1), (2, 4), (2, 6)):
+        assert len(expected) == 14 + 4 + 2 + epochs  # steps; validations at 0, 5, 10 and 14; the score
+        for number, every in ((1, 1), (2, 6)):
             process = start(**settings, checkpoint_every=every)
             process.wait_for("^checkpoint:", count=number)
             process.kill()
@@ -81,7 +87,7 @@ class TestResume:
         first = run(iterations=5, checkpoint_every=3)
         again = run(iterations=5, checkpoint_every=3, resume="auto")
         assert again.losses() == []
-        assert not again.lines("^warmup")
+        assert not again.lines("^warmup|^checkpoint:")
         assert figures(again) == figures(first)[5:]
         capped = run(iterations=10_000, max_wallclock_seconds=0.3, checkpoint_every=10_000, run_id="c")
         step = re.search(r"step:(\d+)/", capped.lines("^stopping_early")[0])[1]
@@ -90,7 +96,9 @@ class TestResume:
         assert again.lines(rf"^stopping_early: wallclock_cap train_time:\d+ms step:{step}/")
         assert again.score() == capped.score()
 
-    def test_log_goes_on_and_earlier_results_are_moved_aside(self, run):
+    @pytest.mark.parametrize("out_dir", ["out", "./out/../out"])  # relative, as by default
+    def test_log_goes_on_and_earlier_results_are_moved_aside(self, run, out_dir):
+        run = functools.partial(run, out_dir=out_dir)
         first = run(iterations=3, checkpoint_every=3)
         before = (first.folder / "r.txt").read_text()
         with (first.folder / "r.txt").open("a") as file:
@@ -114,7 +122,7 @@ class TestResume:
     @pytest.mark.parametrize(
         "changes",
         [{"matrix_lr": 0.05}, {"seed": 1}, {"train_batch_tokens": 96}, {"warmdown_iters": 3}, {"beta2": 0.9},
-         {"mlx_max_microbatch_tokens": 32}, {"model_dim": 32}, {"num_layers": 3}, {"val_batch_size": 128},
+         {"mlx_max_microbatch_tokens": 32}, {"model_dim": 32}, {"num_layers": 3}, {"scalar_lr": 0.1},
          {"grad_clip_norm": 1.0}, {"logit_softcap": 20.0}, {"muon_momentum": 0.9}, {"train_seq_len": 8}],
         ids=lambda changes: "-".join(changes))  # fmt: skip
     def test_settings_that_change_the_result_are_refused_by_name(self, resumed, changes):
@@ -123,6 +131,40 @@ class TestResume:
         (name,) = changes
         message = rf"RESUME=\S+: cannot go on from there: .*{name.upper()} was .* and is .*"
         assert re.fullmatch(message, str(caught.value))
+
+    def test_every_other_setting_counts(self, resumed):
+        free = {"data_path", "tokenizer_path", "run_id", "out_dir", "resume", "eval_artifact", "iterations",
+                "warmup_steps", "max_wallclock_seconds", "checkpoint_every", "val_loss_every", "val_max_tokens",
+                "train_log_every", "val_batch_size", "logit_chunk_tokens", "mlx_eager_eval"}  # fmt: skip
+        counted = set(tg.settings_behind(resumed()))
+        names = {name.upper() for name in tg.settings_of(tg.Hyperparameters).keys() - free}
+        assert counted == names | {"DATA_PATH", "TOKENIZER_PATH", "COMPUTE_DTYPE", "CONTROL_TENSOR_NAME_PATTERNS",
+                                   "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS"}  # fmt: skip
+
+    def test_so_do_those_of_a_fork(self, resumed):
+        class Mine(tg.Hyperparameters):
+            num_layers = 3
+            my_setting = tg.Setting("mine", 5, "a setting of a fork")
+
+        run = resumed()
+        run.args = Mine()
+        found = tg.settings_behind(run)
+        assert (found["NUM_LAYERS"], found["MY_SETTING"]) == ("3", "5")
+
+    def test_setting_that_is_gone(self, checkpoint, resumed):
+        path = checkpoint / "r_checkpoint.safetensors"
+        arrays, metadata = mx.load(str(path), return_metadata=True)
+        about = json.loads(metadata["about"])
+        about["settings"]["MY_SETTING"] = "3"
+        mx.save_safetensors(str(path), arrays, {**metadata, "about": json.dumps(about)})
+        with pytest.raises(tg.InputError, match="MY_SETTING was 3 and is None"):
+            resumed()
+
+    def test_another_tokenizer_of_the_same_size(self, resumed, tmp_path):
+        other = tmp_path / "other.model"
+        other.write_bytes(train_tokenizer(user_defined_symbols=["zz"]))
+        with pytest.raises(tg.InputError, match="TOKENIZER_PATH was .* and is"):
+            resumed(tokenizer_path=other)
 
     @pytest.mark.parametrize("name", ["CONTROL_TENSOR_NAME_PATTERNS", "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS"])
     def test_so_are_name_lists(self, resumed, monkeypatch, name):
@@ -154,8 +196,13 @@ class TestResume:
         paths = dict(data_path=moved / "datasets/tiny", tokenizer_path=moved / "tokenizers/tiny.model")
         assert run(out_dir=checkpoint, resume="auto", **paths).code == 0
         shutil.copy(moved / "datasets/tiny/fineweb_train_000000.bin", moved / "datasets/tiny/fineweb_train_000002.bin")
-        assert "DATA_PATH was tiny (2 shards" in run(out_dir=checkpoint, resume="auto", **paths).err
+        assert "DATA_PATH was data with checksum" in run(out_dir=checkpoint, resume="auto", **paths).err
         (moved / "datasets/tiny/fineweb_train_000002.bin").unlink()
+        first = moved / "datasets/tiny/fineweb_train_000000.bin"
+        right = first.read_bytes()
+        first.write_bytes(right[:1024] + right[1024:][::-1].replace(b"\1", b"\0"))
+        assert "DATA_PATH was data with checksum" in run(out_dir=checkpoint, resume="auto", **paths).err
+        first.write_bytes(right)
         val = moved / "datasets/tiny/fineweb_val_000000.bin"
         val.write_bytes(val.read_bytes()[:-2] + b"\7\0")
         whole = (409 - 1) // 16 * 16 + 1  # the last tokens fill no sequence: they do not count
@@ -169,13 +216,16 @@ class TestResume:
         assert done.code == 0
         assert len(done.losses()) == 2
 
-    @pytest.mark.parametrize("damage", ["cut", "empty", "foreign", "other format", "npz", "no about", "shapes"])
+    @pytest.mark.parametrize(
+        "damage", ["cut", "longer", "empty", "foreign", "other format", "npz", "no about", "shapes"])
     def test_damaged_or_foreign_file_is_refused_in_one_line(self, checkpoint, resumed, damage):
         path = checkpoint / "r_checkpoint.safetensors"
         whole = path.read_bytes()
         arrays, metadata = mx.load(str(path), return_metadata=True)
         if damage == "cut":
             path.write_bytes(whole[:-1])
+        elif damage == "longer":
+            path.write_bytes(whole + b"\0" * 4)
         elif damage == "empty":
             path.write_bytes(b"")
         elif damage == "foreign":
@@ -192,6 +242,22 @@ class TestResume:
         with pytest.raises(tg.InputError) as caught:
             resumed()
         assert re.fullmatch(f"RESUME={path}: cannot go on from there: .*", str(caught.value))
+
+    @pytest.mark.parametrize(
+        "change",
+        [{"run_id": "../evil"}, {"run_id": "/tmp/evil"}, {"run_id": 7}, {"run_id": ""}, {"step": "x"}, {"step": -5},
+         {"step": 0}, {"step": None}, {"train_ms": "x"}, {"train_ms": -1.0}, {"train_ms": float("nan")},
+         {"position": [99, 0, 1]}, {"position": [0, -50, 1]}, {"position": [0, 0, 0]}, {"position": [0, 1]},
+         {"position": None}, {"settings": None}, {"settings": {}}],
+        ids=str)  # fmt: skip
+    def test_impossible_contents_are_refused(self, checkpoint, resumed, monkeypatch, change):
+        path = checkpoint / "r_checkpoint.safetensors"
+        arrays, metadata = mx.load(str(path), return_metadata=True)
+        about = {**json.loads(metadata["about"]), **change}
+        mx.save_safetensors(str(path), arrays, {**metadata, "about": json.dumps(about)})
+        with pytest.raises(tg.InputError, match=f"RESUME={path}: cannot go on from there: ") as caught:
+            resumed(run_id=None, resume=path)
+        assert "\n" not in str(caught.value)
 
     def test_refused_one_leaves_everything_as_it_was(self, checkpoint, run):
         before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
@@ -234,7 +300,8 @@ def resumed(checkpoint, data, tmp_path, monkeypatch):
     """Set up a run as in a process of its own, with some settings changed, and resume that checkpoint."""
 
     def set_up(**changes) -> tg.Run:
-        for name, value in environment(data, tmp_path, out_dir=checkpoint, resume="auto", **changes).items():
+        changes = {"out_dir": checkpoint, "resume": "auto", **changes}
+        for name, value in environment(data, tmp_path, **changes).items():
             monkeypatch.setenv(name, value)
         args = tg.Hyperparameters()
         run = tg.set_up(args, tg.read_inputs(args))
@@ -277,14 +344,15 @@ def test_file_takes_its_name_only_when_it_is_complete_and_on_the_disk(tmp_path, 
     path, events = tmp_path / "a.npz", []
     path.write_bytes(b"old")
     real_sync, real_replace = tg.os.fsync, type(path).replace
-    monkeypatch.setattr(tg.os, "fsync", lambda fd: events.append(("sync", path.read_bytes())) or real_sync(fd))
+    monkeypatch.setattr(tg.os, "fsync", lambda fd: events.append(("sync", path.read_bytes(), os.fstat(fd).st_size))
+                        or real_sync(fd))  # fmt: skip
     monkeypatch.setattr(type(path), "replace", lambda a, b: events.append(("replace", a.read_bytes()))
                         or real_replace(a, b))  # fmt: skip
     with tg.complete_file(path) as file:
         file.write(b"new")
         assert path.read_bytes() == b"old"
         assert [p.name for p in tmp_path.iterdir() if p != path] == [".a.npz.tmp"]
-    assert events == [("sync", b"old"), ("replace", b"new")]
+    assert events == [("sync", b"old", 3), ("replace", b"new")]
     assert path.read_bytes() == b"new"
     for error in (OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError()):
         with pytest.raises((tg.RunError, KeyboardInterrupt, ValueError)), tg.complete_file(path) as file:
@@ -333,6 +401,13 @@ class TestScoringOnly:
         done = run(eval_artifact=made.folder / "r_mlx_model.int8.ptz", run_id="b")
         assert done.code == 0
         assert done.score() == pytest.approx(made.score(), rel=1e-2)
+
+    def test_weights_that_are_not_finite_have_no_score(self, run, four_steps, tmp_path):
+        weights = dict(mx.load(str(four_steps / "r_mlx_model.npz")))
+        weights["skip_weights"] = weights["skip_weights"] * float("nan")
+        mx.savez(str(tmp_path / "nan.npz"), **weights)
+        done = run(eval_artifact=tmp_path / "nan.npz")
+        assert (done.code, done.err) == (1, "error: after step 0 val_loss:nan is not finite\n")
 
     def test_file_of_another_model_or_none(self, run, four_steps, tmp_path):
         done = run(eval_artifact=four_steps / "r_mlx_model.int8.ptz", num_layers=3)

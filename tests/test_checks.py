@@ -29,7 +29,7 @@ BELOW_ONE = {"BETA1", "BETA2", "MUON_MOMENTUM", "MUON_MOMENTUM_WARMUP_START"}
 
 
 def wrong_texts(name: str) -> list[str]:
-    texts = ["", "x", "1 2", "nan", "inf", "-inf", "1e999", "None", "٣x"]
+    texts = ["", "x", "1 2", "nan", "inf", "-inf", "1e999", "None", "٣x", "9" * 40]  # the last is none for MLX
     if NUMBERS[name] is bool:
         return [*texts, "2", "-1", "yes", "true", "0.0", "01"]
     texts += ["1.5", "1e3"] if NUMBERS[name] is int else []
@@ -78,7 +78,8 @@ def test_each_wrong_number_is_named_with_its_value_and_what_is_allowed(checked, 
     ("name", "texts"),
     [("WARMDOWN_ITERS", ["0", "-1"]), ("MAX_WALLCLOCK_SECONDS", ["0", "-1", "0.5"]), ("GRAD_CLIP_NORM", ["-1"]),
      ("SEED", ["0", str(2**64 - 1)]), ("ITERATIONS", ["0"]), ("BETA1", ["0", "0.999"]), ("MATRIX_LR", ["0", "1"]),
-     ("MUON_BACKEND_STEPS", ["0"]), ("LOGIT_CHUNK_TOKENS", ["0"]), ("QK_GAIN_INIT", ["-1", "0"])],
+     ("MUON_BACKEND_STEPS", ["0"]), ("VAL_MAX_TOKENS", ["16"]),
+     ("LOGIT_CHUNK_TOKENS", ["0"]), ("QK_GAIN_INIT", ["-1", "0"])],
 )  # fmt: skip
 def test_values_at_the_edge_are_let_through(checked, name, texts):
     assert [checked({name: text}) for text in texts] == [[] for _ in texts]
@@ -116,13 +117,17 @@ def test_wrong_ones_of_every_kind_are_told_at_once_and_the_way_to_get_data_only_
         ({"train_batch_tokens": 31}, "TRAIN_BATCH_TOKENS=31 over GRAD_ACCUM_STEPS=2 is 15 tokens: must be at least "
                                      "TRAIN_SEQ_LEN=16"),
         ({"val_batch_size": 31}, "VAL_BATCH_SIZE=31 over GRAD_ACCUM_STEPS=2 is 15 tokens"),
-        ({"val_max_tokens": 15}, "VAL_MAX_TOKENS=15: must be 0, or a whole sequence at least"),
+        ({"val_max_tokens": 15}, "VAL_MAX_TOKENS=15: must be 0 or at least TRAIN_SEQ_LEN"),
         ({"compute_dtype": ""}, "COMPUTE_DTYPE='': must be auto, bfloat16 or float32"),
         ({"mlx_preload_blas": "no"}, "MLX_PRELOAD_BLAS='no': must be 0 or 1"),
         ({"data_path": ""}, "DATA_PATH=: must be not empty"),
         ({"out_dir": ""}, "OUT_DIR=: must be not empty"),
         ({"resume": "a", "eval_artifact": "b"}, "RESUME trains and EVAL_ARTIFACT does not"),
         ({"eval_artifact": "none.npz"}, "EVAL_ARTIFACT=none.npz: no such file"),
+        ({"eval_artifact": "/tmp"}, "EVAL_ARTIFACT=/tmp: no such file"),
+        ({"resume": "/tmp"}, "RESUME=/tmp: no such file"),
+        ({"vocab_size": 319}, "VOCAB_SIZE=319, but TOKENIZER_PATH="),
+        ({"tokenizer_path": "x.vocab"}, "TOKENIZER_PATH=x.vocab: must be a SentencePiece model, ending in .model"),
     ],
     ids=str,
 )  # fmt: skip
@@ -156,9 +161,10 @@ def test_out_dir_must_be_one_that_can_be_written(checked, tmp_path_factory, monk
         (message,) = checked({"out_dir": path})
         assert message.startswith(f"OUT_DIR={path}: cannot be written to")
     assert checked({"out_dir": folder / "new/and/deeper"}) == []
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # taking permissions away would not stop the superuser
-    (message,) = checked({"out_dir": folder})
-    assert message.startswith(f"OUT_DIR={folder}: cannot be written to")
+    for lacking in (os.W_OK, os.X_OK):  # taking permissions away would not stop the superuser
+        monkeypatch.setattr(os, "access", lambda path, mode, lacking=lacking: not mode & lacking)
+        (message,) = checked({"out_dir": folder})
+        assert message.startswith(f"OUT_DIR={folder}: cannot be written to")
 
 
 def test_out_dir_that_fails_only_when_it_is_made(run):
@@ -180,12 +186,19 @@ def test_tokenizer_that_is_none(checked, tmp_path_factory, data):
 def test_settings_assigned_in_code_are_checked_at_the_start_of_a_run(checked, data):
     args = tg.Hyperparameters()
     args.num_heads, args.beta1, args.iterations, args.run_id = 0, float("nan"), 2.5, None
+    args.mlx_eager_eval = 2
     args.matrix_lr, args.mlp_mult = np.float32(0.1), np.int64(2)  # these are numbers, too
     with pytest.raises(tg.InputError) as caught:
         tg.read_inputs(args)
     names = [line.split("=")[0] for line in str(caught.value).splitlines()]
-    assert names[:4] == ["RUN_ID", "ITERATIONS", "NUM_HEADS", "BETA1"]
+    assert names[:5] == ["RUN_ID", "ITERATIONS", "MLX_EAGER_EVAL", "NUM_HEADS", "BETA1"]
     assert not {"MATRIX_LR", "MLP_MULT"} & set(names)
+
+
+def test_a_check_that_fails_by_itself_is_not_hidden(checked, monkeypatch):
+    monkeypatch.setattr(tg, "check_train_shards", lambda args: 1 / 0)
+    with pytest.raises(RuntimeError, match="failed"):
+        checked()
 
 
 def test_a_subclass_is_checked_by_the_rules_of_what_it_replaces(data):

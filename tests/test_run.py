@@ -135,6 +135,7 @@ def test_no_iterations_scores_the_untrained_model(run):
     done = run(iterations=0)
     assert done.code == 0
     assert done.losses() == []
+    assert done.lines("^warmup_step:1/1")
     assert done.lines(rf"^step:0/0 val_loss:5\.7\d+ val_bpb:{NUMBER} train_time:0ms step_avg:0\.00ms$")
     assert 5.7 < done.score() < 5.9
     assert not done.lines("stopping_early")

@@ -205,6 +205,68 @@ def test_score_is_that_of_the_file_not_of_the_model_in_memory(stages, vocab_size
         assert mx.allclose(value, rounded[name], rtol=1e-2, atol=5e-3), name
 
 
+def test_signal_is_answered_between_two_batches_and_before_the_first_step(stages):
+    run = stages()
+    run.signal = "SIGINT"
+    for stage, call in (("validation", tg.validate), ("warmup", tg.train), ("warmup", tg.warm_up)):
+        with pytest.raises(KeyboardInterrupt, match=f"interrupted by SIGINT during {stage}: no score"):
+            call(run)
+    assert "train_loss" not in "".join(lines(run))
+    run.answered = True
+    assert tg.validate(run)[0] > 0
+
+
+def test_loss_of_validation_that_is_not_finite(stages):
+    run = stages()
+    run.compiled_loss = lambda x, y: mx.array(float("nan"))
+    with pytest.raises(tg.RunError, match="after step 0 val_loss:nan is not finite"):
+        tg.validate(run)
+
+
+def test_checkpoint_is_written_once_for_a_step_and_only_of_finite_numbers(stages, tmp_path):
+    run = stages()
+    path = tmp_path / "r_checkpoint.safetensors"
+    tg.write_checkpoint(run)
+    assert not path.exists()  # nothing was trained
+    run.step = 3
+    tg.write_checkpoint(run)
+    assert (run.checkpointed_step, run.saved) == (3, (path,))
+    path.unlink()
+    tg.write_checkpoint(run)
+    assert not path.exists()
+    run.step = 4
+    run.optimizers.muon.buffers["blocks.0.mlp.fc.weight"] *= float("inf")
+    with pytest.raises(tg.RunError, match=r"after step 4 these are not finite, and are not saved: muon\.blocks\.0"):
+        tg.write_checkpoint(run)
+    assert not path.exists()
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+def test_value_beyond_float16_is_not_saved(stages, tmp_path):
+    run = stages()
+    run.model.tok_emb.weight = run.model.tok_emb.weight + 1e5
+    with pytest.raises(tg.RunError, match=r"after step 0 these are not finite, and are not saved: tok_emb\.weight"):
+        tg.save(run)
+    assert not list(tmp_path.glob("r_mlx*"))
+
+
+def test_message_has_the_last_five_losses_and_the_multiplier(stages):
+    run, count = stages(iterations=20, train_log_every=0, grad_accum_steps=1, mlx_max_microbatch_tokens=64), [0]
+    real = run.compiled_loss_and_grad
+
+    def loss_and_grad(x, y):
+        count[0] += 1
+        return mx.array(float("inf") if count[0] == 9 else float(count[0])), real(x, y)[1]
+
+    run.compiled_loss_and_grad = loss_and_grad
+    run.checkpointed_step = 6
+    with pytest.raises(tg.RunError) as caught:
+        tg.train(run)
+    assert str(caught.value) == (
+        "step:9/20 train_loss:inf is not finite; lr_mul:1.0000; the last finite losses: "
+        "4.0000, 5.0000, 6.0000, 7.0000, 8.0000; what came after step 6 is not saved")  # fmt: skip
+
+
 def test_log_is_on_disk_at_once_and_folders_are_made(tmp_path, capsys):
     args = settings(out_dir=str(tmp_path / "a/b"), run_id="x")
     log = tg.open_log(args)
