@@ -135,7 +135,7 @@ class Hyperparameters:
     warmup_steps = Setting("loop", 20, "steps to compile and allocate, off the clock; nothing is learned", ">= 0")
     warmdown_iters = Setting("loop", 1200, "last steps, over which the learning rate falls linearly to 0")
     max_wallclock_seconds = Setting("loop", 600.0, "most seconds of training; 0: no cap", "< 1e9")
-    checkpoint_every = Setting("loop", 0, "checkpoint every so many steps and at the end; 0: only when interrupted", ">= 0")
+    checkpoint_every = Setting("loop", 0, "a checkpoint every so many steps and at the end; 0: if interrupted", ">= 0")
     mlx_max_microbatch_tokens = Setting("memory", 8192, "most tokens in the model at once; less: less memory", ">= 1")
     mlx_eager_eval = Setting("memory", True, "finish each chunk before the next begins: keeps memory at one chunk")
     logit_chunk_tokens = Setting("memory", 0, "make the logits of so many tokens at a time; 0: of all at once", ">= 0")

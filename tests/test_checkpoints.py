@@ -43,7 +43,7 @@ class TestResume:
     @pytest.mark.parametrize(
         ("changes", "epochs"),
         [(dict(compute_dtype="float32"), 0), (dict(compute_dtype="bfloat16", mlx_disable_compile=1), 0),
-         (dict(train_batch_tokens=1024), 2)], ids=str)  # fmt: skip
+         (dict(train_batch_tokens=1024, mlx_max_microbatch_tokens=512), 2)], ids=str)  # fmt: skip
     def test_later_figures_are_those_of_the_uninterrupted_run(self, run, start, changes, epochs):
         settings = dict(RUN, **changes)
         expected = figures(run(**settings, run_id="whole"))
@@ -200,7 +200,7 @@ class TestResume:
         (moved / "datasets/tiny/fineweb_train_000002.bin").unlink()
         first = moved / "datasets/tiny/fineweb_train_000000.bin"
         right = first.read_bytes()
-        first.write_bytes(right[:1024] + right[1024:][::-1].replace(b"\1", b"\0"))
+        write_shard(first, np.roll(tg.load_data_shard(first), 1))
         assert "DATA_PATH was data with checksum" in run(out_dir=checkpoint, resume="auto", **paths).err
         first.write_bytes(right)
         val = moved / "datasets/tiny/fineweb_val_000000.bin"
@@ -314,13 +314,13 @@ def resumed(checkpoint, data, tmp_path, monkeypatch):
 def test_kill_at_any_moment_of_a_chain_of_fifty_loses_nothing(start, run):
     """Kill -9 during checkpoints, go on, kill again: each checkpoint is whole, none goes back, no loss differs."""
     chain = dict(iterations=200, train_log_every=1, checkpoint_every=1, warmup_steps=0, max_wallclock_seconds=0,
-                 warmdown_iters=50)  # fmt: skip
+                 warmdown_iters=50, mlx_disable_compile=1)  # fmt: skip
     whole = run(**chain, run_id="whole")
     expected = {line.split("/")[0]: line.split(" ")[1] for line in whole.lines("train_loss")}
     rng, path, at, seen = random.Random(3), whole.folder / "r_checkpoint.safetensors", 0, {}
     for number in range(50):
         process = start(**chain, resume="auto")
-        process.wait_for("^checkpoint:", count=rng.randint(1, 3))
+        process.wait_for("^checkpoint:", count=rng.randint(1, 2))
         time.sleep(rng.random() * 0.004)  # anywhere in the next step or in its checkpoint
         process.kill()
         done = process.finish()
