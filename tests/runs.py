@@ -98,7 +98,8 @@ def environment(data: Path, folder: Path, **changes) -> dict[str, str]:
     values = dict(data_path=data / "datasets/tiny", tokenizer_path=data / "tokenizers/tiny.model", run_id="r",
                   out_dir=folder / "out", iterations=4, warmup_steps=1, warmdown_iters=0, compute_dtype="float32",
                   **MODEL) | changes  # fmt: skip
-    return {**os.environ, **{name.upper(): str(value) for name, value in values.items() if value is not None}}
+    outside = {name: value for name, value in os.environ.items() if name.lower() not in values}
+    return {**outside, **{name.upper(): str(value) for name, value in values.items() if value is not None}}
 
 
 def command(*arguments: str, script: tuple[str, ...] = ()) -> list[str]:

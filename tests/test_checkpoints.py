@@ -23,6 +23,13 @@ from runs import ON_CPU, Outcome, command, environment
 
 pytestmark = pytest.mark.slow
 
+
+@pytest.fixture(autouse=True)
+def uncompiled(monkeypatch):
+    """Runs here are uncompiled where they do not ask for it: MLX's compiling takes a minute, the first time."""
+    monkeypatch.setenv("MLX_DISABLE_COMPILE", "1")
+
+
 RUN = dict(iterations=14, train_log_every=1, max_wallclock_seconds=0, warmdown_iters=6, val_loss_every=5)
 
 
@@ -39,10 +46,9 @@ def figures_from(step: int, lines: list[str]) -> list[str]:
 
 
 class TestResume:
-    # Uncompiled in bfloat16: on a CPU, MLX compiles for a minute, once, what it runs in it.
     @pytest.mark.parametrize(
         ("changes", "epochs"),
-        [(dict(compute_dtype="float32"), 0), (dict(compute_dtype="bfloat16", mlx_disable_compile=1), 0),
+        [(dict(mlx_disable_compile=None), 0), (dict(compute_dtype="bfloat16"), 0),
          (dict(train_batch_tokens=1024, mlx_max_microbatch_tokens=512), 2)], ids=str)  # fmt: skip
     def test_later_figures_are_those_of_the_uninterrupted_run(self, run, start, changes, epochs):
         settings = dict(RUN, **changes)
@@ -314,7 +320,7 @@ def resumed(checkpoint, data, tmp_path, monkeypatch):
 def test_kill_at_any_moment_of_a_chain_of_fifty_loses_nothing(start, run):
     """Kill -9 during checkpoints, go on, kill again: each checkpoint is whole, none goes back, no loss differs."""
     chain = dict(iterations=200, train_log_every=1, checkpoint_every=1, warmup_steps=0, max_wallclock_seconds=0,
-                 warmdown_iters=50, mlx_disable_compile=1)  # fmt: skip
+                 warmdown_iters=50)  # fmt: skip
     whole = run(**chain, run_id="whole")
     expected = {line.split("/")[0]: line.split(" ")[1] for line in whole.lines("train_loss")}
     rng, path, at, seen = random.Random(3), whole.folder / "r_checkpoint.safetensors", 0, {}
@@ -396,7 +402,7 @@ class TestScoringOnly:
         assert done.out[-1] in (four_steps / "r.txt").read_text()
 
     def test_bfloat16_model_is_scored_in_float32(self, run, tmp_path):
-        made = run(compute_dtype="bfloat16", mlx_disable_compile=1, iterations=1)
+        made = run(compute_dtype="bfloat16", iterations=1)
         assert made.lines("tok_emb:mlx.core.bfloat16")
         done = run(eval_artifact=made.folder / "r_mlx_model.int8.ptz", run_id="b")
         assert done.code == 0

@@ -26,6 +26,13 @@ from runs import ON_CPU, SCRIPT, Outcome, Process, command, environment
 
 pytestmark = pytest.mark.slow
 
+
+@pytest.fixture(autouse=True)
+def uncompiled(monkeypatch):
+    """Runs here are uncompiled where they do not ask for it: MLX's compiling takes a minute, the first time."""
+    monkeypatch.setenv("MLX_DISABLE_COMPILE", "1")
+
+
 FOR_EVER = dict(iterations=10_000_000, max_wallclock_seconds=0, train_log_every=1)
 MANY_BATCHES = dict(val_batch_size=32)  # validation in 25 batches
 
@@ -180,7 +187,7 @@ class TestSignal:
         if not shutil.which("g++") or sys.platform != "linux":
             pytest.skip("MLX compiles with g++ on Linux only")
         # Ctrl-C goes to all processes of the terminal, so also to the compiler that MLX started in a fresh folder.
-        process = start(**FOR_EVER, tmpdir=tmp_path, options=dict(start_new_session=True))
+        process = start(**FOR_EVER, tmpdir=tmp_path, mlx_disable_compile=None, options=dict(start_new_session=True))
         process.wait_for("^warmup:")
         while not any(b"cc1plus" in line for line in command_lines(process.popen.pid)) and process.popen.poll() is None:
             time.sleep(0.005)
