@@ -158,10 +158,10 @@ def test_a_real_attack_is_not_run(path, tmp_path):
 
     class Attack:
         def __reduce__(self):
-            return os.system, (f"touch '{marker}'",)
+            return os.mkdir, (str(marker),)
 
     written(path, {"__quant_format__": tg.QUANT_FORMAT, "quantized": Attack()})
-    assert "posix.system" in refusal(path) or "nt.system" in refusal(path)
+    assert "it would run posix.mkdir" in refusal(path)
     assert not marker.exists()
     pickle.loads(zlib.decompress(path.read_bytes()))
     assert marker.exists()  # it would have worked
