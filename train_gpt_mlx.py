@@ -8,13 +8,13 @@
 
 The challenge asks for the best language model that fits in 16,000,000 bytes, code and compressed weights together. This
 is the baseline for people with a Mac; it also runs on Linux. Every setting is an environment variable (`--help` lists
-them). The file reads in the order in which the data flows, in nine sections: settings, shards and streams, bytes per
-token, model, optimizers, batches within a step, evaluation, compression, and the run, which ends in main(). A *batch*,
-the tokens of one optimizer step, is split into GRAD_ACCUM_STEPS *microbatches*, each computed in *chunks* of at most
+them). The file reads in the order in which the data flows, in nine sections, and ends in main(). A *batch*, the tokens
+of one optimizer step, is split into GRAD_ACCUM_STEPS *microbatches*, each computed in *chunks* of at most
 MLX_MAX_MICROBATCH_TOKENS tokens, the most in memory at once. Shapes read (batch, seq, dim).
 """
 
 import contextlib
+import copy
 import ctypes
 import difflib
 import glob
@@ -32,8 +32,9 @@ import time
 import uuid
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,6 @@ class MissingFileError(InputError, FileNotFoundError):
     """A file that a setting names is not there."""
 class RunError(RuntimeError):
     """What ends a run that had begun. The message says what failed."""
-
 def require(condition: bool, message: str, error: type[Exception] = InputError) -> None:
     """Raise the error unless the condition holds."""
     if not condition:
@@ -185,19 +185,22 @@ class ModuleSettings:
     """The settings behind module constants: read at import, and no part of Hyperparameters."""
     compute_dtype = Setting("platform", "auto", "bfloat16, float32, or auto: bfloat16 on a GPU, else float32")
     mlx_preload_blas = Setting("platform", True, "Linux: use OpenBLAS for products on the CPU where it is installed")
-    control_tensor_name_patterns = Setting(
-        "name lists",
-        "attn_scale,attn_scales,mlp_scale,mlp_scales,resid_mix,resid_mixes,q_gain,skip_weight,skip_weights",
+    control_tensor_name_patterns = Setting("name lists", (
+        "attn_scale,attn_scales,mlp_scale,mlp_scales,resid_mix,resid_mixes,q_gain,skip_weight,skip_weights"),
         "block parameters that Adam trains, not Muon: those with one of these in their name")
     int8_keep_float_fp32_name_patterns = Setting(
         "name lists", lambda: ModuleSettings.control_tensor_name_patterns, shown="<CONTROL_TENSOR_NAME_PATTERNS>",
         meaning="small tensors saved in float32, not float16: those with one of these in their name")
 
+def backend() -> str:
+    """Where MLX computes by default: "metal", "cuda" or "cpu"."""
+    gpu = mx.default_device() == mx.Device(mx.gpu)
+    return "cpu" if not gpu else "metal" if mx.metal.is_available() else "cuda"
 MX_DTYPE_FROM_NAME = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 # auto: a GPU is fastest in bfloat16; on a CPU, MLX multiplies bfloat16 matrices in a slow loop of its own and float32
 # ones in BLAS. What is no choice must not break an import, so it counts as auto here; a run refuses it.
 COMPUTE_DTYPE = {"bfloat16": mx.bfloat16, "float32": mx.float32}.get(
-    ModuleSettings.compute_dtype, mx.bfloat16 if mx.default_device() == mx.Device(mx.gpu) else mx.float32)
+    ModuleSettings.compute_dtype, mx.float32 if backend() == "cpu" else mx.bfloat16)
 # An empty part of a list is dropped, for "" is in every name.
 CONTROL_TENSOR_NAME_PATTERNS = tuple(filter(None, ModuleSettings.control_tensor_name_patterns.split(",")))
 INT8_KEEP_FLOAT_FP32_NAME_PATTERNS = tuple(filter(None, ModuleSettings.int8_keep_float_fp32_name_patterns.split(",")))
@@ -230,8 +233,9 @@ SHARD_HEADER_INTS = 256  # little-endian int32: magic, version, token count, the
 HOW_TO_GET_DATA = ("`python data/prepare.py` makes a sample; train on it with DATA_PATH=data/datasets/sample_sp1024 "
                    "TOKENIZER_PATH=data/tokenizers/sample_1024_bpe.model (README.md says how to fetch FineWeb)")
 
-def count_shard_tokens(path: Path | str, least: int = 0) -> int:
-    """The tokens in a shard, by its header. Raises InputError if file and header are not as load_data_shard says."""
+def map_data_shard(path: Path | str, least: int = 0) -> np.ndarray:
+    """The tokens of a shard, (tokens,) uint16, left on the disk until they are used: however large it is, opening it
+    takes neither time nor memory. Raises InputError if it is not as load_data_shard says, or has fewer than `least`."""
     header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
     require(header.size == SHARD_HEADER_INTS, f"{path}: shorter than a shard's header, {4 * SHARD_HEADER_INTS} bytes")
     magic, version, num_tokens = header[:3].tolist()
@@ -240,13 +244,11 @@ def count_shard_tokens(path: Path | str, least: int = 0) -> int:
     size, expected = os.path.getsize(path), header.nbytes + 2 * num_tokens
     require(size == expected, f"{path}: has {size} bytes; with {num_tokens} tokens it must have {expected}")
     require(num_tokens >= least, f"{path}: has no tokens: fetch it again, or remove it")
-    return num_tokens
-
+    return np.memmap(path, "<u2", "r", header.nbytes, num_tokens).view(np.ndarray) if num_tokens else np.empty(0, "<u2")
 def load_data_shard(path: Path | str) -> np.ndarray:
     """Read one shard, a header and then as many little-endian uint16 tokens as it says: (tokens,) int32.
     Raises InputError, naming the file, for anything that is not exactly that."""
-    count_shard_tokens(path)
-    return np.fromfile(path, dtype="<u2", offset=4 * SHARD_HEADER_INTS).astype(np.int32)
+    return map_data_shard(path).astype(np.int32)
 
 def check_token_ids(tokens: np.ndarray, vocab_size: int, path: Path | str, start: int = 0) -> None:
     """Raise InputError for an id that has no embedding: MLX would look it up. `start`: the first token's position."""
@@ -260,6 +262,14 @@ def find_shards(pattern: str) -> list[str]:
     files = sorted(glob.glob(pattern))
     require(bool(files), f"no shards match {pattern}: set DATA_PATH, or make some: {HOW_TO_GET_DATA}", MissingFileError)
     return files
+def map_shards(pattern: str, vocab_size: int) -> tuple[list[np.ndarray], int]:
+    """All shards of a pattern, mapped, and a checksum of their sizes and the first million tokens. Raises
+    InputError for no shard, an empty one, and an id among that million that is not below vocab_size."""
+    files = find_shards(pattern)
+    shards = [map_data_shard(path, least=1) for path in files]
+    first = shards[0][:1_000_000]
+    check_token_ids(first, vocab_size, files[0])
+    return shards, zlib.crc32(f"{[len(shard) for shard in shards]}".encode(), zlib.crc32(first))
 
 class TokenStream:
     """The tokens of all files of a pattern, in the order of their names, for ever. Attributes: `files`; `file_idx`,
@@ -272,11 +282,10 @@ class TokenStream:
     def seek(self, file_idx: int, pos: int, epoch: int) -> None:
         """Open a file, and go on from its token `pos`."""
         self.file_idx, self.pos, self.epoch = file_idx, pos, epoch
-        count_shard_tokens(self.files[file_idx], least=1)  # a stream of empty files would look for a token for ever
-        self.tokens = load_data_shard(self.files[file_idx])
+        self.tokens = map_data_shard(self.files[file_idx], least=1)  # empty files would be searched for ever
     def take(self, n: int) -> np.ndarray:
         """The next n tokens, (n,) int32, from as many files as it takes."""
-        parts = [np.empty(0, np.int32)]
+        parts = [np.empty(0, np.int32)]  # which makes the result int32
         while n > 0:
             if self.pos >= len(self.tokens):
                 file_idx = (self.file_idx + 1) % len(self.files)
@@ -302,12 +311,11 @@ class TokenLoader:
         require(num_tokens > 0, f"a batch of {batch_tokens} tokens has no room for a sequence of {seq_len}")
         tokens = self.stream.take(num_tokens + 1)
         return mx.array(tokens[:-1].reshape(-1, seq_len)), mx.array(tokens[1:].reshape(-1, seq_len))
-
 def load_validation_tokens(pattern: str, seq_len: int, vocab_size: int = 65_536) -> np.ndarray:
-    """All validation shards as one array, (k * seq_len + 1,) int32, with k as large as it can be.
-    Raises MissingFileError when no file matches, InputError when k is 0, and what TokenStream refuses."""
-    stream = TokenStream(pattern, vocab_size=vocab_size)
-    tokens = stream.take(sum(count_shard_tokens(path) for path in stream.files))
+    """All validation shards as one array, (k * seq_len + 1,) uint16, with k as large as it can be; a single shard is
+    mapped. Raises InputError when k is 0, and as map_shards does; eval_val checks the ids that this did not."""
+    shards, _ = map_shards(pattern, vocab_size)
+    tokens = shards[0] if len(shards) == 1 else np.concatenate(shards)
     num_seqs = (len(tokens) - 1) // seq_len
     require(num_seqs > 0, f"{pattern}: {len(tokens)} tokens are too few for a sequence of TRAIN_SEQ_LEN={seq_len}")
     return tokens[: num_seqs * seq_len + 1]
@@ -379,7 +387,6 @@ def rms_norm(x: mx.array, eps: float = 1e-6) -> mx.array:
     """x / sqrt(mean(x^2) + eps) over the last axis, without a weight (arXiv:1910.07467), in x's dtype."""
     # mx.fast.rms_norm is float32 inside: close, but bfloat16 runs would no longer repeat the baseline's digits.
     return x * mx.rsqrt(mx.mean(x * x, axis=-1, keepdims=True) + eps)
-
 class RMSNormNoWeight(nn.Module):
     """rms_norm as a module without parameters."""
     def __call__(self, x: mx.array) -> mx.array:
@@ -399,6 +406,41 @@ def split_heads(dim: int, num_heads: int, num_kv_heads: int) -> int:
     require(num_heads % num_kv_heads == 0, f"NUM_HEADS={num_heads} must be a multiple of NUM_KV_HEADS={num_kv_heads}")
     require(dim // num_heads % 2 == 0, f"MODEL_DIM={dim} / NUM_HEADS={num_heads} must be even: RoPE turns pairs")
     return dim // num_heads
+
+@mx.custom_function
+def exp_below(x: mx.array, top: mx.array) -> mx.array:
+    """e**(x - top), without a gradient for top. On a Linux CPU MLX's exp takes 25 ns an element and its power, which is
+    as exact, 9; but power's own gradient takes the logarithm of e once for each."""
+    return mx.power(mx.array(math.e, dtype=x.dtype), x - top)
+@exp_below.vjp
+def exp_below_vjp(primals: tuple, cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
+    """The derivative of e**x is e**x."""
+    return cotangent * output, mx.zeros_like(primals[1])
+def softmax_attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+    """mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal") for a Linux CPU, where it is not the
+    products that take most of the time. So the softmax's sums divide at the end, head_dim numbers and not keys."""
+    batch, heads, rows, head_dim = q.shape
+    kv_heads, keys = k.shape[1:3]
+    q = (q * scale).reshape(batch, kv_heads, -1, head_dim)  # heads that share keys are rows of one product
+    scores = (q @ k.swapaxes(-1, -2)).reshape(batch, heads, rows, keys).astype(mx.float32)
+    scores = mx.where(mx.arange(keys - rows, keys)[:, None] >= mx.arange(keys), scores, -mx.inf)
+    weights = exp_below(scores, mx.stop_gradient(mx.max(scores, axis=-1, keepdims=True)))
+    y = (weights.astype(v.dtype).reshape(batch, kv_heads, -1, keys) @ v).reshape(batch, heads, rows, head_dim)
+    return (y / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
+QUERY_BLOCK = 128  # at 1,024 tokens 64 and 256 were slower by a tenth
+def causal_attention(q: mx.array, k: mx.array, v: mx.array, scale: float, training: bool) -> mx.array:
+    """Attention of each query to the keys up to its own: (batch, heads, seq, head_dim); fewer heads in k and v.
+    By its source, MLX has a kernel that never stores the seq x seq scores on CUDA, and on Metal without gradients. Else
+    blocks of queries each get the keys that they may see, or half of all scores would be made for the mask to hide. A
+    training step at 1,024 tokens became 1.4 times as fast by blocks, twice with softmax_attention (2 Linux cores)."""
+    attend, where = partial(mx.fast.scaled_dot_product_attention, scale=scale, mask="causal"), backend()
+    if where == "cuda" or (where == "metal" and not training):
+        return attend(q, k, v)
+    if where == "cpu" and sys.platform == "linux":
+        attend = partial(softmax_attention, scale=scale)
+    ends = range(QUERY_BLOCK, q.shape[2] + QUERY_BLOCK, QUERY_BLOCK)  # the last may be beyond seq
+    return mx.concatenate(
+        [attend(q[:, :, end - QUERY_BLOCK : end], k[:, :, :end], v[:, :, :end]) for end in ends], axis=2)
 
 class CausalSelfAttention(nn.Module):
     """Causal attention with grouped key/value heads (arXiv:2305.13245) and rotary positions (arXiv:2104.09864).
@@ -423,7 +465,7 @@ class CausalSelfAttention(nn.Module):
         v = heads(self.c_v(x), self.num_kv_heads)
         q, k = (self.rope(rms_norm(y).astype(COMPUTE_DTYPE)) for y in (q, k))
         q = q * self.q_gain.astype(q.dtype)[None, :, None, None]
-        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask="causal")
+        y = causal_attention(q, k, v, self.scale, self.training)
         return self.proj(y.transpose(0, 2, 1, 3).reshape(batch, seq, dim))
 
 class MLP(nn.Module):
@@ -509,39 +551,42 @@ class GPT(nn.Module):
 # In: parameters and their gradients. Out: new parameters. Muon for the matrices of the blocks, Adam for the
 # embedding and all that is a vector. Parameters travel in flat dicts: {"blocks.0.mlp.fc.weight": array, ...}.
 FlatParams = dict[str, mx.array]
-
 def zeropower_newtonschulz5(g: mx.array, steps: int, eps: float = 1e-7) -> mx.array:
-    """About the semi-orthogonal matrix nearest to g (rows, cols): every singular value is moved close to 1.
-    Newton-Schulz iteration by a quintic whose coefficients trade accuracy for a steep start, in float32; returns
-    g's dtype (Keller Jordan, https://kellerjordan.github.io/posts/muon)."""
+    """About the semi-orthogonal matrix nearest to g, (rows, cols) or a stack of them, (matrices, rows, cols): every
+    singular value is moved close to 1. Newton-Schulz iteration by a quintic whose coefficients trade accuracy for a
+    steep start, in float32; returns g's dtype (Keller Jordan, https://kellerjordan.github.io/posts/muon)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g.astype(mx.float32)
-    x = x / (mx.linalg.norm(x) + eps)
-    transposed = x.shape[0] > x.shape[1]
-    x = x.T if transposed else x  # x @ x.T is smallest with the short side first
+    x = x / (mx.linalg.norm(x, axis=(-2, -1), keepdims=True) + eps)
+    transposed = x.shape[-2] > x.shape[-1]
+    x = x.swapaxes(-2, -1) if transposed else x  # x @ x.T is smallest with the short side first
     for _ in range(steps):
-        gram = x @ x.T
+        gram = x @ x.swapaxes(-2, -1)
         x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return (x.T if transposed else x).astype(g.dtype)
+    return (x.swapaxes(-2, -1) if transposed else x).astype(g.dtype)
 
 class Muon:
     """Momentum with orthogonalised updates, so that all directions of a matrix learn at one rate."""
     def __init__(self, keys: list[str], params: FlatParams, args: Hyperparameters) -> None:
         self.keys, self.args = keys, args
         self.buffers = {key: mx.zeros_like(params[key]) for key in keys}
-    def step(self, params: FlatParams, grads: FlatParams, step: int, lr_mul: float) -> FlatParams:
+    def step(self, params: FlatParams, grads: FlatParams, step: int | mx.array, lr_mul: float | mx.array) -> FlatParams:
         """New values of this optimizer's keys; `step` counts from 0."""
-        args = self.args
-        warm = min(step / args.muon_momentum_warmup_steps, 1.0) if args.muon_momentum_warmup_steps > 0 else 1.0
-        momentum = (1.0 - warm) * args.muon_momentum_warmup_start + warm * args.muon_momentum
-        updated = {}
+        args, nesterov, alike, updated = self.args, {}, {}, {}
+        warm = mx.minimum(step / args.muon_momentum_warmup_steps, 1.0) if args.muon_momentum_warmup_steps > 0 else 1.0
+        momentum = mx.array((1.0 - warm) * args.muon_momentum_warmup_start + warm * args.muon_momentum)
         for key in self.keys:
-            param, grad = params[key], grads[key]
-            self.buffers[key] = momentum * self.buffers[key] + grad
-            update = zeropower_newtonschulz5(grad + momentum * self.buffers[key], args.muon_backend_steps)  # Nesterov
+            grad, decay = grads[key], momentum.astype(grads[key].dtype)
+            self.buffers[key] = decay * self.buffers[key] + grad
+            nesterov[key] = grad + decay * self.buffers[key]
+            # It takes a stack of matrices to fill a GPU, but only one a CPU, where stacking costs a tenth of the time.
+            alike.setdefault(key if backend() == "cpu" else params[key].shape, []).append(key)
+        for keys in alike.values():
+            stack = mx.stack([nesterov[key] for key in keys]) if len(keys) > 1 else nesterov[keys[0]][None]
+            update = zeropower_newtonschulz5(stack, args.muon_backend_steps)
             # All singular values being 1, a tall matrix's update is small beside its many rows: make up for that.
-            shape_scale = math.sqrt(max(1.0, param.shape[0] / param.shape[1]))
-            updated[key] = param - args.matrix_lr * lr_mul * shape_scale * update.astype(param.dtype)
+            rate = args.matrix_lr * lr_mul * math.sqrt(max(1.0, stack.shape[1] / stack.shape[2]))
+            updated |= {key: params[key] - (rate * update[i]).astype(params[key].dtype) for i, key in enumerate(keys)}
         return updated
 
 class SplitOptimizers:
@@ -564,14 +609,20 @@ class SplitOptimizers:
             for learning_rate in (args.tied_embed_lr, args.scalar_lr))
         self.adam_embed.init({self.embed_key: params[self.embed_key]})
         self.adam_scalar.init({key: params[key] for key in self.scalar_keys})
-    def step(self, model: GPT, grads_tree: dict, step: int, lr_mul: float) -> None:
-        """Update the model; `step` counts from 0. MLX is lazy: the work is done when the parameters are evaluated."""
-        params, grads = dict(tree_flatten(model.parameters())), dict(tree_flatten(grads_tree))
+        state = [self.muon.buffers, self.adam_embed.state, self.adam_scalar.state]  # change these, never replace them
+        self.compiled_update = mx.compile(self.update, inputs=state, outputs=state)
+    def update(self, params: FlatParams, grads: FlatParams, step: mx.array, lr_mul: mx.array) -> FlatParams:
+        """New values of all parameters; compiled, which is why all that changes comes as arrays."""
         updated = self.muon.step(params, grads, step, lr_mul)
         for adam, learning_rate, keys in ((self.adam_embed, self.args.tied_embed_lr, [self.embed_key]),
                                           (self.adam_scalar, self.args.scalar_lr, self.scalar_keys)):
             adam.learning_rate = learning_rate * lr_mul
             updated |= adam.apply_gradients({key: grads[key] for key in keys}, {key: params[key] for key in keys})
+        return updated
+    def step(self, model: GPT, grads_tree: dict, step: int, lr_mul: float) -> None:
+        """Update the model; `step` counts from 0. MLX is lazy: the work is done when the parameters are evaluated."""
+        params, grads = dict(tree_flatten(model.parameters())), dict(tree_flatten(grads_tree))
+        updated = self.compiled_update(params, grads, mx.array(step), mx.array(lr_mul))
         model.update(tree_unflatten(list(updated.items())))
 
 def clip_grad_tree(grads_tree: dict, max_norm: float) -> dict:
@@ -589,7 +640,6 @@ def clip_grad_tree(grads_tree: dict, max_norm: float) -> dict:
 # weighted by tokens. However large the batch, only one chunk's activations are in memory at a time.
 Loss = Callable[[mx.array, mx.array], mx.array]
 LossAndGrad = Callable[[mx.array, mx.array], tuple[mx.array, dict]]
-
 def token_chunks(total_tokens: int, seq_len: int, max_chunk_tokens: int) -> list[int]:
     """Sizes in tokens of the chunks that total_tokens is computed in; what fills no sequence is left out.
     Each is whole sequences, at most max_chunk_tokens, but at least one. Raises InputError when there is none."""
@@ -597,37 +647,31 @@ def token_chunks(total_tokens: int, seq_len: int, max_chunk_tokens: int) -> list
     require(total_seqs > 0, f"a microbatch of {total_tokens} tokens has no sequence of TRAIN_SEQ_LEN={seq_len}")
     return [min(chunk_seqs, total_seqs - done) * seq_len for done in range(0, total_seqs, chunk_seqs)]
 
+@mx.compile
+def add_scaled(accum: FlatParams, grads: FlatParams, scale: mx.array) -> FlatParams:
+    """accum + scale * grads, in one pass, and in accum's own memory if nothing else needs that."""
+    return {key: (accum[key] + grad * scale).astype(grad.dtype) for key, grad in grads.items()}
 def accumulate_flat_grads(accum: FlatParams | None, grads_tree: dict, scale: float) -> FlatParams:
     """accum + scale * grads, in accum itself, a flat dict; None starts one."""
-    accum = {} if accum is None else accum
-    for key, grad in tree_flatten(grads_tree):
-        accum[key] = accum[key] + grad * scale if key in accum else grad * scale
+    if accum is None:
+        return {key: grad * scale for key, grad in tree_flatten(grads_tree)}
+    accum.update(add_scaled(accum, dict(tree_flatten(grads_tree)), mx.array(scale)))
     return accum
 
-def weighted_mean(parts: Iterable[tuple[float, mx.array, dict]], eager: bool) -> tuple[mx.array, dict]:
-    """Sums of share * loss and share * gradients over (share, loss, gradients), as (scalar, tree)."""
-    loss, accum = mx.array(0.0, dtype=mx.float32), None
-    for share, part_loss, part_grads in parts:
-        loss = loss + part_loss.astype(mx.float32) * share
-        accum = accumulate_flat_grads(accum, part_grads, share)
-        if eager:
-            mx.eval(loss, accum)  # or else the lazy graph keeps every part's activations until the end
-    return loss, tree_unflatten(list(accum.items()))
-
-def loss_and_grad_chunked(args: Hyperparameters, train_loader: TokenLoader,
-                          compiled_loss_and_grad: LossAndGrad) -> tuple[mx.array, dict]:
-    """Mean loss (scalar, nats) and mean gradients (a tree) of the loader's next microbatch."""
+def loss_and_grad_chunked(args: Hyperparameters, train_loader: TokenLoader, compiled_loss_and_grad: LossAndGrad,
+                          microbatches: int = 1) -> tuple[mx.array, dict]:
+    """Mean loss (scalar, nats) and mean gradients (a tree) of the loader's next microbatch, or so many of them."""
     sizes = token_chunks(args.microbatch_tokens, args.train_seq_len, args.mlx_max_microbatch_tokens)
-    batches = ((size / sum(sizes), train_loader.next_batch(size, args.train_seq_len)) for size in sizes)
-    return weighted_mean(((share, *compiled_loss_and_grad(x, y)) for share, (x, y) in batches), args.mlx_eager_eval)
-
-def loss_and_grad_step(args: Hyperparameters, train_loader: TokenLoader,
-                       compiled_loss_and_grad: LossAndGrad) -> tuple[mx.array, dict]:
-    """Mean loss (scalar, nats) and mean, clipped gradients (a tree) of the loader's next whole batch."""
-    microbatches = ((1.0 / args.grad_accum_steps, *loss_and_grad_chunked(args, train_loader, compiled_loss_and_grad))
-                    for _ in range(args.grad_accum_steps))
-    loss, grads = weighted_mean(microbatches, args.mlx_eager_eval)
-    return loss, clip_grad_tree(grads, args.grad_clip_norm)
+    loss, accum = mx.array(0.0), None
+    for size in sizes * microbatches:
+        chunk_loss, grads = compiled_loss_and_grad(*train_loader.next_batch(size, args.train_seq_len))
+        share, running = size / sum(sizes) / microbatches, loss
+        loss, accum = loss + chunk_loss.astype(mx.float32) * share, accumulate_flat_grads(accum, grads, share)
+        del chunk_loss, grads  # or else their memory would be held on to
+        if args.mlx_eager_eval:  # or else the lazy graph would hold every chunk's activations
+            mx.eval(running)  # a chunk is prepared while the last one runs, and begins when that has ended
+            mx.async_eval(loss, accum)
+    return loss, tree_unflatten(list(accum.items()))
 
 # 7. Evaluation ------------------------------------------------------------------------------------------------
 # In: a loss function and the validation tokens. Out: val_loss, nats per token, and val_bpb, bits per byte of
@@ -652,11 +696,13 @@ def eval_val(args: Hyperparameters, compiled_loss: Loss, val_tokens: np.ndarray,
     for i in range(1, num_batches + 1):
         first, last = (i - 1) * batch_seqs, min(i * batch_seqs, total_seqs)
         tokens = val_tokens[first * seq_len : last * seq_len + 1].astype(np.int32)
+        check_token_ids(tokens, args.vocab_size, args.val_files, first * seq_len)
         previous, target = tokens[:-1], tokens[1:]
         loss = compiled_loss(mx.array(previous.reshape(-1, seq_len)), mx.array(target.reshape(-1, seq_len)))
-        loss_sum += float(loss) * target.size  # float() waits, so that one batch at a time is in memory
+        mx.async_eval(loss)  # and count its bytes meanwhile
         spaces = has_leading_space_lut[target] & ~is_boundary_token_lut[previous]
         num_bytes += int(base_bytes_lut[target].sum(dtype=np.int64)) + int(spaces.sum())
+        loss_sum += float(loss) * target.size  # float() waits, so that one batch at a time is in memory
         if log_fn is not None and num_batches > 1 and (i in (1, num_batches) or i % 25 == 0):
             log_fn(f"val_progress:{i}/{num_batches}")
     require(num_bytes > 0, f"the {num_tokens} validation tokens stand for no bytes of text, so there is no score")
@@ -672,7 +718,6 @@ INT8_KEEP_FLOAT_STORE_DTYPE = np.float16
 INT8_PER_ROW_SCALE_DTYPE = np.float16
 INT8_CLIP_PERCENTILE = 99.99984  # of the magnitudes: a few outliers must not coarsen all the others
 INT8_CLIP_Q = INT8_CLIP_PERCENTILE / 100.0
-
 def keep_float_array(name: str, arr: mx.array, passthrough_orig_dtypes: dict[str, str]) -> np.ndarray:
     """How a small floating array is stored: control tensors float32, others float16.
     Adds to passthrough_orig_dtypes the dtype that a float16 copy is to be restored to."""
@@ -717,11 +762,11 @@ def quantize_state_dict_int8(flat_state: FlatParams) -> tuple[dict[str, Any], di
             obj["dtypes"][name] = str(arr.dtype).removeprefix("mlx.core.")
             if arr.ndim == 2:
                 obj["qmeta"][name] = {"scheme": "per_row", "axis": 0}
-    stats = {
-        "param_count": sum(arr.size for arr in flat_state.values()), "num_tensors": len(flat_state),
-        "num_float_tensors": len(obj["quantized"]), "num_nonfloat_tensors": num_nonfloat,
-        "baseline_tensor_bytes": sum(arr.nbytes for arr in flat_state.values()),
-        "int8_payload_bytes": sum(a.nbytes for k in ("quantized", "scales", "passthrough") for a in obj[k].values())}
+    payload = [arr for part in ("quantized", "scales", "passthrough") for arr in obj[part].values()]
+    stats = {"param_count": sum(arr.size for arr in flat_state.values()), "num_tensors": len(flat_state),
+             "num_float_tensors": len(obj["quantized"]), "num_nonfloat_tensors": num_nonfloat,
+             "baseline_tensor_bytes": sum(arr.nbytes for arr in flat_state.values()),
+             "int8_payload_bytes": sum(arr.nbytes for arr in payload)}
     optional = ("qmeta", "passthrough_orig_dtypes")  # the format leaves these out when they are empty
     return {key: value for key, value in obj.items() if value or key not in optional}, stats
 
@@ -826,7 +871,7 @@ class Inputs:
     dataset_name: str
     train_shards: int
     expected_train_shards: int | None
-    val_tokens: np.ndarray  # (k * seq_len + 1,) int32, those to be scored
+    val_tokens: np.ndarray  # (k * seq_len + 1,) uint16, those to be scored
     byte_tables: tuple[np.ndarray, ...]
     num_val_tokens: int = 0  # that VAL_MAX_TOKENS chose from
     data_checksum: int = 0
@@ -877,14 +922,6 @@ def path_problems(args: Hyperparameters) -> Iterator[str]:
     if not Path(args.data_path).is_dir():
         yield f"DATA_PATH={args.data_path}: no such folder: {HOW_TO_GET_DATA}"
 
-def check_train_shards(args: Hyperparameters) -> int:
-    """Check all headers and sizes, and the ids of the first million tokens; returns a checksum of just these."""
-    files = find_shards(args.train_files)
-    counts = [count_shard_tokens(path, least=1) for path in files]
-    first = np.fromfile(files[0], "<u2", min(counts[0], 1_000_000), offset=4 * SHARD_HEADER_INTS)
-    check_token_ids(first, args.vocab_size, files[0])
-    return zlib.crc32(f"{counts}".encode(), zlib.crc32(first))
-
 def read_inputs(args: Hyperparameters) -> Inputs:
     """Check settings, data and tokenizer, and read what validation needs; nothing is written yet. Raises InputError
     (NotImplementedError for untied embeddings), with a line for each thing that is wrong."""
@@ -914,13 +951,14 @@ def read_inputs(args: Hyperparameters) -> Inputs:
     if Path(str(args.data_path)).is_dir():
         dataset = examine(validate_dataset_tokenizer_pair, args.data_path, args.tokenizer_path)
         val_tokens = examine(lambda: load_validation_tokens(args.val_files, args.train_seq_len, args.vocab_size))
-        checksum = 0 if args.eval_artifact else examine(check_train_shards, args)
+        checksums = args.eval_artifact or examine(
+            lambda: [map_shards(pattern, args.vocab_size)[1] for pattern in (args.val_files, args.train_files)])
     text = "\n".join(errors).replace(HOW_TO_GET_DATA, "see below", "".join(errors).count(HOW_TO_GET_DATA) - 1)
     if errors:
         raise next(iter(errors.values())) if len(errors) == 1 else InputError(text)
     scored = args.val_max_tokens // args.train_seq_len * args.train_seq_len + 1 if args.val_max_tokens else None
     return Inputs(*dataset, val_tokens[:scored], build_sentencepiece_luts(tokenizer, args.vocab_size),
-                  len(val_tokens) - 1, zlib.crc32(val_tokens, checksum))
+                  len(val_tokens) - 1, zlib.crc32(f"{checksums}".encode()))
 
 def tell(line: str, stream: Any) -> None:
     """Print to a console that may be gone: a closed terminal must not end a run."""
@@ -1012,13 +1050,20 @@ def signals_watched(run: Run) -> Iterator[None]:
 
 def set_up(args: Hyperparameters, inputs: Inputs) -> Run:
     """Seed, then build the model, its optimizers and the two compiled functions. The log is still the console."""
+    if backend() == "metal":  # so that macOS leaves the arrays in memory; MLX's own trainers do this, too
+        device_info = (mx if hasattr(mx, "device_info") else mx.metal).device_info()  # older MLX has it there
+        mx.set_wired_limit(device_info["max_recommended_working_set_size"])
     mx.random.seed(args.seed)
     model = GPT(
         args.vocab_size, args.num_layers, args.model_dim, args.num_heads, args.num_kv_heads, args.mlp_mult,
         args.logit_chunk_tokens, args.logit_softcap, args.rope_base, args.tied_embed_init_std, args.qk_gain_init)
+    def loss_alone(input_ids: mx.array, target_ids: mx.array) -> mx.array:  # says that no gradient is wanted
+        loss = model.eval().loss(input_ids, target_ids)
+        model.train()
+        return loss
     # A compiled function takes the arrays it closes over for constants unless it is told that they are inputs.
     captured = {"inputs": model.state, "outputs": model.state}
-    loss, loss_and_grad = (mx.compile(f, **captured) for f in (model.loss, nn.value_and_grad(model, model.loss)))
+    loss, loss_and_grad = (mx.compile(f, **captured) for f in (loss_alone, nn.value_and_grad(model, model.loss)))
     return Run(args, inputs, print, model, SplitOptimizers(model, args), loss, loss_and_grad)
 
 def require_finite(arrays: FlatParams, step: int) -> None:
@@ -1030,6 +1075,12 @@ def training_state(run: Run) -> dict[str, Any]:
     """The tree of all arrays that the rest of the training depends on."""
     return {"model": run.model.state, "muon": run.optimizers.muon.buffers, "random": mx.random.state[0],
             "adam_embed": run.optimizers.adam_embed.state, "adam_scalar": run.optimizers.adam_scalar.state}
+def set_training_state(run: Run, state: dict[str, Any]) -> None:
+    """Put these arrays in place of the run's, inside the dicts that the compiled functions hold."""
+    run.model.update(state["model"])
+    for optimizer in ("muon", "adam_embed", "adam_scalar"):
+        training_state(run)[optimizer].update(state[optimizer])
+    mx.random.seed(int.from_bytes(np.array(state["random"]).astype(">u4").tobytes(), "big"))  # a seed's halves
 
 def settings_behind(run: Run) -> dict[str, str]:
     """What the result depends on, by setting."""
@@ -1072,11 +1123,7 @@ def resume(run: Run) -> None:
         require(not changes, f"the result would be another: {'; '.join(changes)}")
         check_arrays(arrays, dict(tree_flatten(training_state(run))))
         mx.eval(arrays)
-        state = tree_map_with_path(lambda name, _: arrays[name], training_state(run))
-        run.model.update(state["model"])
-        run.optimizers.muon.buffers = state["muon"]
-        run.optimizers.adam_embed.state, run.optimizers.adam_scalar.state = state["adam_embed"], state["adam_scalar"]
-        mx.random.seed(int.from_bytes(np.array(state["random"]).astype(">u4").tobytes(), "big"))  # a seed's halves
+        set_training_state(run, tree_map_with_path(lambda name, _: arrays[name], training_state(run)))
         run.step = run.checkpointed_step = int(about["step"])
         run.train_ms, run.position, run.saved = float(about["train_ms"]), tuple(about["position"]), (path.resolve(),)
         file_idx, pos, epoch = run.position
@@ -1118,7 +1165,7 @@ val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={args.tokenizer_path
 compute_dtype:{COMPUTE_DTYPE} compile:True
 dtypes tok_emb:{params["tok_emb.weight"].dtype} \
 linear_weight:{params["blocks.0.attn.c_q.weight"].dtype} skip_weights:{params["skip_weights"].dtype}"""
-    if sys.platform == "linux" and mx.default_device() == mx.Device(mx.cpu):
+    if sys.platform == "linux" and backend() == "cpu":
         hint = "reference (slow: `apt-get install libopenblas0-pthread`, and import this script before mlx)"
         lines += f"\ncpu_blas:{'openblas' if HAS_OPENBLAS else hint}"
     if args.resume:
@@ -1140,27 +1187,29 @@ def validate(run: Run, stage: str = "validation") -> tuple[float, float, str]:
     return val_loss, val_bpb, mark
 
 def warm_up(run: Run) -> None:
-    """Make MLX compile and allocate what training and validation will use, and learn nothing from it.
-    Loader and optimizers are throwaway ones, the model is put back as it was, and nothing here draws random numbers."""
-    args, log = run.args, run.log
-    if args.warmup_steps <= 0 or (run.step > 0 and run.is_trained()):
+    """Make MLX compile and allocate what training and validation will use, and learn nothing from it. One batch of each
+    size does; WARMUP_STEPS only says whether, and is logged. The loader is a throwaway one, the state is put back."""
+    args, steps, primer = run.args, run.args.warmup_steps, copy.copy(run.args)
+    if steps <= 0 or (run.step > 0 and run.is_trained()):
         return
-    log(f"warmup:{args.warmup_steps} steps of {args.train_batch_tokens} tokens, off the clock")
-    parameters, loader = run.model.parameters(), TokenLoader(args.train_files, vocab_size=args.vocab_size)
-    for step in range(1, args.warmup_steps + 1):
-        run.safe_point("warmup")
-        _, grads = loss_and_grad_step(args, loader, run.compiled_loss_and_grad)
-        mx.eval(grads)
-        if args.warmup_steps <= 20 or step % 10 == 0 or step == args.warmup_steps:
-            log(f"warmup_step:{step}/{args.warmup_steps}")
-    SplitOptimizers(run.model, args).step(run.model, grads, step=0, lr_mul=1.0)
-    mx.eval(run.model.parameters())
-    run.model.update(parameters)
-    # Validation has batches of two shapes, the full one and the last: so many sequences give one of each.
+    run.log("warmup: two chunks, an optimizer step and a validation batch of each size, off the clock")
+    run.safe_point("warmup")
+    before = tree_map(lambda array: array, training_state(run))
+    sizes = token_chunks(args.microbatch_tokens, args.train_seq_len, args.mlx_max_microbatch_tokens)
+    primer.train_batch_tokens, primer.grad_accum_steps = sizes[0] + sizes[-1], 1  # of all sizes that there are
+    loader = TokenLoader(args.train_files, vocab_size=args.vocab_size)
+    _, grads = loss_and_grad_chunked(primer, loader, run.compiled_loss_and_grad)
+    run.optimizers.step(run.model, clip_grad_tree(grads, args.grad_clip_norm), step=0, lr_mul=1.0)
+    mx.eval(training_state(run))
+    set_training_state(run, before)
+    # Validation has batches of two sizes, the full one and the last: so many sequences give one of each.
     total_seqs = (len(run.inputs.val_tokens) - 1) // args.train_seq_len
     batch_seqs = microbatch_seqs("VAL_BATCH_SIZE", args.val_batch_size, args)
-    primer = run.inputs.val_tokens[: (batch_seqs + total_seqs % batch_seqs) * args.train_seq_len + 1]
-    eval_val(args, run.compiled_loss, primer, *run.inputs.byte_tables)
+    run.safe_point("warmup")
+    tokens = run.inputs.val_tokens[: (batch_seqs + total_seqs % batch_seqs) * args.train_seq_len + 1]
+    eval_val(args, run.compiled_loss, tokens, *run.inputs.byte_tables)
+    for step in (s for s in range(1, steps + 1) if steps <= 20 or s % 10 == 0 or s == steps):
+        run.log(f"warmup_step:{step}/{steps}")
 
 def train(run: Run) -> None:
     """Train until ITERATIONS, the wallclock cap, a signal or a loss that is not finite; only steps are on the clock."""
@@ -1186,8 +1235,9 @@ def train(run: Run) -> None:
             break
         lr_mul = args.lr_mul(run.step, run.train_ms)
         started = time.perf_counter()
-        train_loss, grads = loss_and_grad_step(args, loader, run.compiled_loss_and_grad)
-        run.optimizers.step(run.model, grads, run.step, lr_mul)
+        train_loss, grads = loss_and_grad_chunked(args, loader, run.compiled_loss_and_grad, args.grad_accum_steps)
+        run.optimizers.step(run.model, clip_grad_tree(grads, args.grad_clip_norm), run.step, lr_mul)
+        del grads  # or else the next step would find their memory taken
         mx.eval(train_loss, run.model.parameters())
         step_ms = 1000.0 * (time.perf_counter() - started)
         run.step, run.train_ms = run.step + 1, run.train_ms + step_ms
@@ -1294,6 +1344,5 @@ def command_line(arguments: list[str]) -> int:
         for line in lines + (misspelt_settings() if status == 2 else []):
             tell(line, sys.stderr)
         return status
-
 if __name__ == "__main__":
     sys.exit(command_line(sys.argv[1:]))

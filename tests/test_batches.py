@@ -87,42 +87,67 @@ def test_chunks_microbatches_and_eager_mode_do_not_change_the_average(tmp_path, 
         loader.next_batch = lambda n, seq_len, s=sequence: (
             mx.array([s[:-1]] * (n // seq_len)), mx.array([s[1:]] * (n // seq_len))
         )  # fmt: skip
-        loss, grads = tg.loss_and_grad_step(args, loader, nn.value_and_grad(model, model.loss))
+        loss, grads = tg.loss_and_grad_chunked(args, loader, nn.value_and_grad(model, model.loss), accum)
         results.append([loss.item(), *[to_numpy(g) for _, g in tree_flatten(grads)]])
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_step_averages_microbatches_and_clips(tmp_path):
+def test_step_averages_microbatches(tmp_path):
     write_shard(tmp_path / "s.bin", range(1000))
-    args = settings(train_batch_tokens=24, grad_accum_steps=3, train_seq_len=4, mlx_max_microbatch_tokens=100)
+    args = settings(train_batch_tokens=60, grad_accum_steps=3, train_seq_len=4, mlx_max_microbatch_tokens=8)
     loss = RecordingLoss()
-    value, grads = tg.loss_and_grad_step(args, tg.TokenLoader(str(tmp_path / "s.bin")), loss)
-    assert len(loss.batches) == 3
-    assert value.item() == pytest.approx(np.mean([x for x, _ in loss.batches]))
-    mean = np.mean([y for _, y in loss.batches])
-    assert grads["w"]["v"].item() == pytest.approx(mean)
-    args.grad_clip_norm = 0.5
-    _, grads = tg.loss_and_grad_step(args, tg.TokenLoader(str(tmp_path / "s.bin")), RecordingLoss())
-    assert grads["w"]["v"].item() == pytest.approx(0.5)
+    value, grads = tg.loss_and_grad_chunked(args, tg.TokenLoader(str(tmp_path / "s.bin")), loss, args.grad_accum_steps)
+    assert [len(x) for x, _ in loss.batches] == [2, 2, 1] * 3
+    sizes = [np.size(x) for x, _ in loss.batches]
+    assert value.item() == pytest.approx(np.average([np.mean(x) for x, _ in loss.batches], weights=sizes))
+    assert grads["w"]["v"].item() == pytest.approx(np.average([np.mean(y) for _, y in loss.batches], weights=sizes))
 
 
-def test_eager_mode_materialises_every_chunk(tmp_path, monkeypatch):
+def test_accumulator_keeps_the_memory_it_has():
+    """Large gradients are added where the first ones are: no further copy, also of none of them scaled."""
+    size = 4 * 1024 * 1024
+    first, second = ({"w": mx.full((size // 4,), value)} for value in (1.0, 2.0))
+    accum = tg.accumulate_flat_grads(None, first, 1.0)
+    mx.eval(first, second, accum)
+    mx.synchronize()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(tg.accumulate_flat_grads(accum, second, 0.5))
+    assert accum["w"][0].item() == 2.0
+    assert mx.get_peak_memory() - before < size
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_in_eager_mode_a_chunk_begins_when_the_last_one_has_ended(tmp_path, monkeypatch, eager):
+    """...but its batch is fetched, and its graph built, before that wait."""
     write_shard(tmp_path / "s.bin", range(1000))
-    count = []
-    real = mx.eval
-    monkeypatch.setattr(mx, "eval", lambda *a: count.append(len(a)) or real(*a))
-    for eager, calls in ((False, 0), (True, 3)):
-        count.clear()
-        args = settings(train_batch_tokens=24, grad_accum_steps=1, train_seq_len=4, mlx_max_microbatch_tokens=8,
-                        mlx_eager_eval=eager)  # fmt: skip
-        tg.loss_and_grad_chunked(args, tg.TokenLoader(str(tmp_path / "s.bin")), RecordingLoss())
-        assert len(count) == calls
-        count.clear()
-        args.train_batch_tokens, args.grad_accum_steps = 48, 2
-        tg.loss_and_grad_step(args, tg.TokenLoader(str(tmp_path / "s.bin")), RecordingLoss())
-        assert len(count) == (2 * (calls + 1) if eager else 0)  # after each chunk and each microbatch
+    events, wait, issue, loss = [], mx.eval, mx.async_eval, RecordingLoss()
+    monkeypatch.setattr(mx, "eval", lambda *a: events.append("wait") or wait(*a))
+    monkeypatch.setattr(mx, "async_eval", lambda *a: events.append("issue") or issue(*a))
+    args = settings(train_batch_tokens=24, grad_accum_steps=1, train_seq_len=4, mlx_max_microbatch_tokens=8,
+                    mlx_eager_eval=eager)  # fmt: skip
+    loader = tg.TokenLoader(str(tmp_path / "s.bin"))
+    tg.loss_and_grad_chunked(args, loader, lambda x, y: events.append("build") or loss(x, y), 2)
+    assert events == (["build", "wait", "issue"] * 6 if eager else ["build"] * 6)
+
+
+def test_memory_is_that_of_one_chunk(tmp_path):
+    """The most that is in use at once does not grow with the number of chunks; uncompiled, on the CPU too."""
+    write_shard(tmp_path / "s.bin", learnable_tokens(20_000, 64, 7))
+    peaks = []
+    for accum in (2, 8):
+        args = settings(train_batch_tokens=1024 * accum, grad_accum_steps=accum, train_seq_len=64,
+                        mlx_max_microbatch_tokens=1024)  # fmt: skip
+        model = build_model(args)
+        loader, f = tg.TokenLoader(str(tmp_path / "s.bin")), nn.value_and_grad(model, model.loss)
+        mx.synchronize()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(tg.loss_and_grad_chunked(args, loader, f, accum))
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[1] < 1.3 * peaks[0]
 
 
 def test_microbatch_without_room_for_a_sequence(tmp_path):

@@ -333,3 +333,76 @@ def test_constructors_take_the_names_other_scripts_use():
     assert block.mlp.fc.weight.shape == (32, 16)
     assert tg.MLP(dim=4, mlp_mult=3).proj.weight.shape == (4, 12)
     assert tg.CastedLinear(in_dim=4, out_dim=2).weight.shape == (2, 4)
+
+
+def attention_inputs(seq, heads=4, kv_heads=2, head_dim=6, dtype=mx.float32):
+    rng = np.random.default_rng(seq)
+    shapes = ((2, heads, seq, head_dim), (2, kv_heads, seq, head_dim), (2, kv_heads, seq, head_dim))
+    return [mx.array((3 * rng.standard_normal(shape)).astype(np.float32)).astype(dtype) for shape in shapes]
+
+
+def np_scores_attention(q, k, v, scale):
+    q, k, v = (to_numpy(x) for x in (q, k, v))
+    k, v = (np.repeat(x, q.shape[1] // k.shape[1], axis=1) for x in (k, v))
+    scores = np.where(np.tri(q.shape[2], dtype=bool), q @ k.swapaxes(-1, -2) * scale, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True) @ v
+
+
+@pytest.mark.parametrize("where", ["cpu linux", "cpu darwin", "metal darwin", "cuda linux"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("seq", [1, 127, 128, 129, 300])
+def test_attention_of_every_backend_equals_numpys(monkeypatch, where, training, seq):
+    """Each platform's way through the function, run here; blocks that end within, at and after the sequence's end."""
+    monkeypatch.setattr(tg, "backend", lambda: where.split()[0])
+    monkeypatch.setattr(tg.sys, "platform", where.split()[1])
+    q, k, v = attention_inputs(seq)
+    y = tg.causal_attention(q, k, v, 0.3, training)
+    np.testing.assert_allclose(to_numpy(y), np_scores_attention(q, k, v, 0.3), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("where", "training", "lengths"),
+    [("cuda", True, [300]), ("cuda", False, [300]), ("metal", False, [300]), ("metal", True, [128, 128, 44]),
+     ("cpu", True, [128, 128, 44]), ("cpu", False, [128, 128, 44])],
+)  # fmt: skip
+def test_queries_are_cut_into_blocks_where_scores_are_stored(monkeypatch, where, training, lengths):
+    calls, fused = [], mx.fast.scaled_dot_product_attention
+    monkeypatch.setattr(tg, "backend", lambda: where)
+    monkeypatch.setattr(tg.sys, "platform", "darwin")
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention",
+                        lambda *qkv, **settings: calls.append([x.shape[2] for x in qkv]) or fused(*qkv, **settings))
+    tg.causal_attention(*attention_inputs(300), 0.3, training)
+    assert [rows for rows, _, _ in calls] == lengths
+    assert [keys for _, keys, _ in calls] == [values for _, _, values in calls] == list(np.cumsum(lengths))
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_gradients_of_attention_equal_mlxs(dtype):
+    inputs = attention_inputs(150, dtype=dtype)
+    weight = mx.array(np.random.default_rng(1).standard_normal(inputs[0].shape).astype(np.float32))
+
+    def gradients(attend):
+        return mx.grad(lambda *qkv: (attend(*qkv).astype(mx.float32) * weight).sum(), argnums=(0, 1, 2))(*inputs)
+
+    ours = gradients(lambda q, k, v: tg.causal_attention(q, k, v, 0.3, True))
+    mlxs = gradients(lambda q, k, v: mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3, mask="causal"))
+    for a, b in zip(ours, mlxs, strict=True):
+        assert a.dtype == dtype
+        size = np.abs(to_numpy(b)).max()
+        np.testing.assert_allclose(to_numpy(a), to_numpy(b), atol=(1e-5 if dtype == mx.float32 else 3e-2) * size)
+
+
+def test_attention_survives_large_scores():
+    q, k, v = (50 * x for x in attention_inputs(140))
+    assert mx.isfinite(tg.softmax_attention(q, k, v, 1.0)).all().item()
+
+
+def test_exp_below_is_exp_and_has_its_gradient():
+    x = mx.array(np.linspace(-80, 0, 200).astype(np.float32))
+    top = mx.array(3.0)
+    np.testing.assert_allclose(np.array(tg.exp_below(x, top)), np.exp(np.array(x, dtype=np.float64) - 3), rtol=1e-5)
+    np.testing.assert_array_equal(tg.exp_below(mx.array([-mx.inf]), top), [0.0])
+    grad = mx.grad(lambda x: (tg.exp_below(x, top) * 2.0).sum())(x)
+    np.testing.assert_allclose(np.array(grad), 2 * np.exp(np.array(x, dtype=np.float64) - 3), rtol=1e-5)
+    assert mx.grad(lambda top: tg.exp_below(x, top).sum())(top).item() == 0.0

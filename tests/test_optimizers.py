@@ -85,6 +85,53 @@ def test_backend_steps_and_learning_rate_are_settings():
     np.testing.assert_allclose(to_numpy(updated), -0.5 * np_newton_schulz(g, 2), rtol=1e-3, atol=1e-5)
 
 
+def test_stacks_of_a_gpu_and_single_matrices_of_a_cpu_are_updated_alike(monkeypatch):
+    args = settings(num_layers=2)
+    params = {k: v for k, v in tree_flatten(build_model(args).parameters()) if v.ndim == 2 and "blocks" in k}
+    rng = np.random.default_rng(8)
+    grads = {key: mx.array(rng.standard_normal(value.shape).astype(np.float32)) for key, value in params.items()}
+    results, real = [], tg.zeropower_newtonschulz5
+    for where in ("cpu", "cuda", "metal"):
+        shapes = []
+        monkeypatch.setattr(tg, "backend", lambda where=where: where)
+        monkeypatch.setattr(tg, "zeropower_newtonschulz5", lambda g, *a, s=shapes: s.append(g.shape) or real(g, *a))
+        results.append(tg.Muon(list(params), params, args).step(params, grads, 1, 1.0))
+        # In each block: c_q, proj and resid_mix of other shapes, c_k and c_v, fc, mlp.proj.
+        assert len(shapes) == (len(params) if where == "cpu" else len({value.shape for value in params.values()}))
+        assert sum(shape[0] for shape in shapes) == len(params)
+    for other in results[1:]:
+        assert results[0].keys() == other.keys()
+        for key in params:
+            np.testing.assert_allclose(to_numpy(results[0][key]), to_numpy(other[key]), rtol=1e-5, atol=1e-6)
+
+
+def test_newton_schulz_of_a_stack_is_that_of_each():
+    for shape in ((3, 8, 8), (2, 6, 20), (4, 20, 6)):
+        g = mx.array(np.random.default_rng(9).standard_normal(shape).astype(np.float32))
+        stack = tg.zeropower_newtonschulz5(g, 5)
+        for i in range(shape[0]):
+            np.testing.assert_allclose(to_numpy(stack[i]), to_numpy(tg.zeropower_newtonschulz5(g[i], 5)), atol=1e-6)
+
+
+def test_step_is_traced_once_and_sees_momentum_rates_and_state_change(monkeypatch):
+    """Compiled, it must not take for constants what changes from step to step."""
+    args = settings(num_layers=1)
+    traced, real = [], tg.Muon.step
+    monkeypatch.setattr(tg.Muon, "step", lambda *a: traced.append(1) or real(*a))
+    model, plain = build_model(args), build_model(args)
+    compiled, uncompiled = tg.SplitOptimizers(model, args), tg.SplitOptimizers(plain, args)
+    uncompiled.compiled_update = uncompiled.update
+    rng = np.random.default_rng(10)
+    for step, lr_mul in enumerate((1.0, 0.5, 0.1)):
+        grads = tree_map(lambda p: mx.array(rng.standard_normal(p.shape).astype(np.float32)), model.parameters())
+        compiled.step(model, grads, 200 * step, lr_mul)
+        uncompiled.step(plain, grads, 200 * step, lr_mul)
+        mx.eval(model.parameters(), plain.parameters())
+    assert len(traced) == 1 + 3
+    for (key, a), (_, b) in zip(tree_flatten(model.parameters()), tree_flatten(plain.parameters()), strict=True):
+        np.testing.assert_allclose(to_numpy(a), to_numpy(b), rtol=1e-4, atol=1e-5, err_msg=key)
+
+
 def test_split_of_the_parameters():
     model = build_model(settings())
     optimizers = tg.SplitOptimizers(model, settings())

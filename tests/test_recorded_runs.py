@@ -34,7 +34,9 @@ def test_recorded_run(run, tmp_path, monkeypatch):
 
     losses, norms = [], []
     for step in range(run["steps"]):
-        loss, grads = tg.loss_and_grad_step(args, loader, nn.value_and_grad(model, model.loss))
+        loss_and_grad = nn.value_and_grad(model, model.loss)
+        loss, grads = tg.loss_and_grad_chunked(args, loader, loss_and_grad, args.grad_accum_steps)
+        grads = tg.clip_grad_tree(grads, args.grad_clip_norm)
         optimizers.step(model, grads, step=step, lr_mul=args.lr_mul(step, 0.0))
         losses.append(loss.item())
         norms.append(np.sqrt(sum((to_numpy(grad) ** 2).sum() for _, grad in tree_flatten(grads))))

@@ -50,7 +50,7 @@ def test_every_log_line_in_its_order_and_every_file(run, data):
         r"compute_dtype:mlx\.core\.float32 compile:True",
         r"dtypes tok_emb:mlx\.core\.float32 linear_weight:mlx\.core\.float32 skip_weights:mlx\.core\.float32",
         *blas,
-        "warmup:2 steps of 128 tokens, off the clock",
+        "warmup: two chunks, an optimizer step and a validation batch of each size, off the clock",
         "warmup_step:1/2",
         "warmup_step:2/2",
         *val[0], *train[:5], *val[5], *train[5:10], *val[10], train[11], *val[12],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import mlx.core as mx
 import numpy as np
@@ -227,3 +228,30 @@ class TestManifest:
         (dataset.parent.parent / "manifest.json").write_text("{")
         with pytest.raises(ValueError, match=r"manifest\.json"):
             self.check(dataset)
+
+
+def test_a_shard_is_neither_read_nor_copied_when_it_is_opened(tmp_path):
+    """A sparse file of 4 GB opens as fast as a small one, and a batch costs what it holds."""
+    count = 2_000_000_000
+    path = tmp_path / "fineweb_val_000000.bin"
+    write_shard(path, [], count=count)
+    with path.open("r+b") as file:
+        file.truncate(1024 + 2 * count)
+    tracemalloc.start()
+    stream, tokens = tg.TokenStream(str(path)), tg.load_validation_tokens(str(path), 1024)
+    stream.seek(0, count - 3, 1)
+    assert stream.take(4).tolist() == [0, 0, 0, 0]
+    assert (stream.pos, stream.epoch) == (1, 2)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 10_000_000
+    assert (stream.tokens.dtype, type(stream.tokens), tokens.dtype) == (np.uint16, np.ndarray, np.uint16)
+    assert len(stream.tokens) == count
+    assert len(tokens) == (count - 1) // 1024 * 1024 + 1
+
+
+def test_several_validation_files_are_joined(tmp_path):
+    write_shard(tmp_path / "v_0.bin", [1, 2, 3])
+    write_shard(tmp_path / "v_1.bin", [4, 65535, 6, 7])
+    tokens = tg.load_validation_tokens(str(tmp_path / "v_*.bin"), 2)
+    assert (tokens.tolist(), tokens.dtype) == ([1, 2, 3, 4, 65535, 6, 7], np.uint16)

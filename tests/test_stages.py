@@ -136,30 +136,75 @@ def test_warmdown_line(stages, changes, elapsed_ms, line):
 
 
 def test_warmup_uses_every_shape_and_leaves_no_trace(stages):
-    run = stages(warmup_steps=2, train_batch_tokens=80, mlx_max_microbatch_tokens=24)
+    run = stages(warmup_steps=2, train_batch_tokens=80, mlx_max_microbatch_tokens=24, iterations=1)
     trained, validated = [], []
     grad, loss = run.compiled_loss_and_grad, run.compiled_loss
     run.compiled_loss_and_grad = lambda x, y: trained.append(x.shape) or grad(x, y)
     run.compiled_loss = lambda x, y: validated.append(x.shape) or loss(x, y)
-    before = dict(tree_flatten(run.model.parameters()))
-    state, moments = mx.random.state[0].tolist(), dict(run.optimizers.muon.buffers)
+    stir(run.model)
+    tg.train(run)  # so that the state is not all zeros
+    trained.clear()
+    validated.clear()
+    before, state = dict(tree_flatten(tg.training_state(run))), mx.random.state[0].tolist()
+    run.step = 0
     tg.warm_up(run)
-    assert trained == [(3, 8), (2, 8)] * 4
+    assert trained == [(3, 8), (2, 8)]
     assert validated == [(4, 8), (3, 8)]  # of 11 sequences: batches of 4, 4 and 3
     assert mx.random.state[0].tolist() == state
-    after = dict(tree_flatten(run.model.parameters()))
+    after = dict(tree_flatten(tg.training_state(run)))
     assert all(mx.array_equal(before[name], after[name]) for name in before)
-    assert all(run.optimizers.muon.buffers[name] is moments[name] for name in moments)
-    assert run.optimizers.adam_scalar.step.item() == 0
+    assert before.keys() == after.keys()
+
+
+def test_warmup_leaves_nothing_to_trace(stages, monkeypatch):
+    """Training and validation after it meet compiled functions only: no line of the model's is run again."""
+    run = stages(warmup_steps=1, train_batch_tokens=80, mlx_max_microbatch_tokens=24, iterations=2, grad_clip_norm=1.0)
+    real = tg.set_up(run.args, run.inputs)
+    run.model, run.optimizers = real.model, real.optimizers
+    run.compiled_loss, run.compiled_loss_and_grad = real.compiled_loss, real.compiled_loss_and_grad
+    tg.warm_up(run)
+    traced = []
+    for cls, name in ((tg.GPT, "loss"), (tg.Muon, "step"), (tg.SplitOptimizers, "update")):
+        original = getattr(cls, name)
+        monkeypatch.setattr(cls, name, lambda *a, f=original, n=name: traced.append(n) or f(*a))
+    tg.train(run)
+    assert "val_loss" in lines(run)[-1]
+    assert traced == []
 
 
 @pytest.mark.parametrize(("steps", "logged"), [(20, list(range(1, 21))), (21, [10, 20, 21]), (0, [])])
-def test_warmup_lines(stages, monkeypatch, steps, logged):
+def test_warmup_lines(stages, steps, logged):
     run = stages(warmup_steps=steps)
-    monkeypatch.setattr(tg, "loss_and_grad_step", lambda args, loader, f: (mx.array(0.0), run.model.parameters()))
     tg.warm_up(run)
-    first = [f"warmup:{steps} steps of 64 tokens, off the clock"] if steps else []
-    assert lines(run) == first + [f"warmup_step:{i}/{steps}" for i in logged]
+    first = "warmup: two chunks, an optimizer step and a validation batch of each size, off the clock"
+    assert lines(run) == [first] * (steps > 0) + [f"warmup_step:{i}/{steps}" for i in logged]
+
+
+@pytest.mark.parametrize("where", ["metal", "cuda", "cpu"])
+@pytest.mark.parametrize("older", [False, True])
+def test_wired_limit_is_raised_on_metal_only(stages, monkeypatch, where, older):
+    limits = []
+    info = {"max_recommended_working_set_size": 123}
+    monkeypatch.setattr(tg, "backend", lambda: where)
+    monkeypatch.setattr(mx, "set_wired_limit", limits.append)
+    monkeypatch.setattr(mx.metal, "device_info", lambda: info if older else {}, raising=False)
+    if older:
+        monkeypatch.delattr(mx, "device_info", raising=False)
+    else:
+        monkeypatch.setattr(mx, "device_info", lambda: info, raising=False)
+    run = stages()
+    tg.set_up(run.args, run.inputs)
+    assert limits == ([123] if where == "metal" else [])
+
+
+def test_only_the_loss_alone_is_computed_without_a_thought_of_gradients(stages, monkeypatch):
+    run = stages()
+    real, modes = tg.causal_attention, []
+    monkeypatch.setattr(tg, "causal_attention", lambda *a: modes.append(a[-1]) or real(*a))
+    run = tg.set_up(run.args, run.inputs)
+    x = mx.zeros((1, 8), dtype=mx.int32)
+    mx.eval(run.compiled_loss(x, x), run.compiled_loss_and_grad(x, x))
+    assert modes == [False] * 3 + [True] * 3
 
 
 def test_configuration_names_each_setting_by_its_own_value(stages):
