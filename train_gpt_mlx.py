@@ -132,7 +132,7 @@ class Hyperparameters:
     train_batch_tokens = Setting("loop", 524_288, "tokens per optimizer step", ">= 1")
     grad_accum_steps = Setting("loop", 8, "microbatches that a step's tokens are split into", ">= 1")
     train_seq_len = Setting("loop", 1024, "tokens per sequence", ">= 1", fallback="TRAIN_MAX_SEQ_LEN")
-    warmup_steps = Setting("loop", 20, "steps to compile and allocate, off the clock; nothing is learned", ">= 0")
+    warmup_steps = Setting("loop", 20, "lines of the warmup, which compiles off the clock; 0: none", ">= 0")
     warmdown_iters = Setting("loop", 1200, "last steps, over which the learning rate falls linearly to 0")
     max_wallclock_seconds = Setting("loop", 600.0, "most seconds of training; 0: no cap", "< 1e9")
     checkpoint_every = Setting("loop", 0, "a checkpoint every so many steps and at the end; 0: if interrupted", ">= 0")
@@ -256,7 +256,6 @@ def check_token_ids(tokens: np.ndarray, vocab_size: int, path: Path | str, start
         position = int(np.argmax(tokens >= vocab_size))
         raise InputError(f"{path}: token {start + position} is {tokens[position]}, but VOCAB_SIZE={vocab_size}: "
                          "the shard is damaged, or was made with a larger tokenizer")
-
 def find_shards(pattern: str) -> list[str]:
     """The files that match a glob pattern, sorted. Raises MissingFileError when there is none."""
     files = sorted(glob.glob(pattern))
@@ -412,10 +411,7 @@ def exp_below(x: mx.array, top: mx.array) -> mx.array:
     """e**(x - top), without a gradient for top. On a Linux CPU MLX's exp takes 25 ns an element and its power, which is
     as exact, 9; but power's own gradient takes the logarithm of e once for each."""
     return mx.power(mx.array(math.e, dtype=x.dtype), x - top)
-@exp_below.vjp
-def exp_below_vjp(primals: tuple, cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
-    """The derivative of e**x is e**x."""
-    return cotangent * output, mx.zeros_like(primals[1])
+exp_below.vjp(lambda primals, cotangent, output: (cotangent * output, mx.zeros_like(primals[1])))
 def softmax_attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
     """mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal") for a Linux CPU, where it is not the
     products that take most of the time. So the softmax's sums divide at the end, head_dim numbers and not keys."""
@@ -430,11 +426,11 @@ def softmax_attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx
 QUERY_BLOCK = 128  # at 1,024 tokens 64 and 256 were slower by a tenth
 def causal_attention(q: mx.array, k: mx.array, v: mx.array, scale: float, training: bool) -> mx.array:
     """Attention of each query to the keys up to its own: (batch, heads, seq, head_dim); fewer heads in k and v.
-    By its source, MLX has a kernel that never stores the seq x seq scores on CUDA, and on Metal without gradients. Else
-    blocks of queries each get the keys that they may see, or half of all scores would be made for the mask to hide. A
-    training step at 1,024 tokens became 1.4 times as fast by blocks, twice with softmax_attention (2 Linux cores)."""
+    MLX stores no scores for 16-bit floats on CUDA and, without gradients, on Metal (so its source; neither was run).
+    Else queries come in blocks, each with the keys it may see, or half of all scores were made for the mask to hide.
+    On 2 Linux cores blocks make a step of 1,024 tokens 1.4 times as fast, and with softmax_attention twice."""
     attend, where = partial(mx.fast.scaled_dot_product_attention, scale=scale, mask="causal"), backend()
-    if where == "cuda" or (where == "metal" and not training):
+    if (where == "cuda" and q.dtype != mx.float32) or (where == "metal" and not training):
         return attend(q, k, v)
     if where == "cpu" and sys.platform == "linux":
         attend = partial(softmax_attention, scale=scale)
@@ -468,14 +464,19 @@ class CausalSelfAttention(nn.Module):
         y = causal_attention(q, k, v, self.scale, self.training)
         return self.proj(y.transpose(0, 2, 1, 3).reshape(batch, seq, dim))
 
+@mx.custom_function
+def relu_squared(x: mx.array) -> mx.array:
+    """max(x, 0)**2 (arXiv:2109.08668). Its gradient needs x alone; by MLX's own, relu(x) is kept: 5% more memory."""
+    return mx.square(nn.relu(x))
+relu_squared.vjp(lambda x, cotangent, output: 2 * nn.relu(x) * cotangent)
 class MLP(nn.Module):
-    """Two matrices with a squared ReLU between them (arXiv:2109.08668)."""
+    """Two matrices with a squared ReLU between them."""
     def __init__(self, dim: int, mlp_mult: int) -> None:
         super().__init__()
         self.fc, self.proj = CastedLinear(dim, dim * mlp_mult), CastedLinear(dim * mlp_mult, dim)
     def __call__(self, x: mx.array) -> mx.array:
         """(batch, seq, dim) -> (batch, seq, dim)"""
-        return self.proj(mx.square(nn.relu(self.fc(x))))
+        return self.proj(relu_squared(self.fc(x)))
 
 class Block(nn.Module):
     """One transformer block: mix in the embedding, then attention, then the MLP, each with a learned scale.

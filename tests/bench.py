@@ -61,9 +61,7 @@ def work(script: str, seqs: int, chunks: int, val_seqs: int) -> None:
     params = dict(tree_flatten(model.parameters()))
     per_token = 6 * sum(p.size for p in params.values()) + 12 * args.num_layers * args.model_dim * args.train_seq_len
     grads = tree_map(lambda p: mx.random.normal(p.shape).astype(p.dtype), model.parameters())
-    a, b = (mx.random.normal((1536, 1536)) for _ in range(2))
-    wide = mx.random.normal((64 * 1024 * 1024,))
-    mx.eval(grads, a, b, wide, params)
+    mx.eval(grads, params)
 
     def train() -> float:
         accum = None
@@ -83,12 +81,18 @@ def work(script: str, seqs: int, chunks: int, val_seqs: int) -> None:
         return len(tokens) - 1
 
     def multiply() -> float:
-        mx.eval(a @ b)
-        return 2 * 1536**3
+        x = mx.full((1536, 1536), 1 / 1536)
+        for _ in range(20):
+            x = x @ x
+        mx.eval(x)
+        return 20 * 2 * 1536**3
 
     def copy() -> float:
-        mx.eval(wide + 1.0)
-        return 2 * wide.nbytes
+        x = mx.zeros((16 * 1024 * 1024,))
+        for i in range(20):
+            x = x + float(i)
+        mx.eval(x)
+        return 20 * 2 * x.nbytes
 
     measurements = {"train": train, "optimize": optimize, "validate": validate, "multiply": multiply, "copy": copy}
     about = {"compute_dtype": str(tg.COMPUTE_DTYPE), "device": str(mx.default_device()), "flops_per_token": per_token}

@@ -363,16 +363,17 @@ def test_attention_of_every_backend_equals_numpys(monkeypatch, where, training, 
 
 @pytest.mark.parametrize(
     ("where", "training", "lengths"),
-    [("cuda", True, [300]), ("cuda", False, [300]), ("metal", False, [300]), ("metal", True, [128, 128, 44]),
-     ("cpu", True, [128, 128, 44]), ("cpu", False, [128, 128, 44])],
+    [("cuda bfloat16", True, [300]), ("cuda bfloat16", False, [300]), ("cuda float32", True, [128, 128, 44]),
+     ("metal bfloat16", False, [300]), ("metal float32", False, [300]), ("metal bfloat16", True, [128, 128, 44]),
+     ("cpu float32", True, [128, 128, 44]), ("cpu float32", False, [128, 128, 44])],
 )  # fmt: skip
 def test_queries_are_cut_into_blocks_where_scores_are_stored(monkeypatch, where, training, lengths):
     calls, fused = [], mx.fast.scaled_dot_product_attention
-    monkeypatch.setattr(tg, "backend", lambda: where)
+    monkeypatch.setattr(tg, "backend", lambda: where.split()[0])
     monkeypatch.setattr(tg.sys, "platform", "darwin")
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention",
                         lambda *qkv, **settings: calls.append([x.shape[2] for x in qkv]) or fused(*qkv, **settings))
-    tg.causal_attention(*attention_inputs(300), 0.3, training)
+    tg.causal_attention(*attention_inputs(300, dtype=getattr(mx, where.split()[1])), 0.3, training)
     assert [rows for rows, _, _ in calls] == lengths
     assert [keys for _, keys, _ in calls] == [values for _, _, values in calls] == list(np.cumsum(lengths))
 
