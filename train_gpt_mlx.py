@@ -34,7 +34,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +235,8 @@ HOW_TO_GET_DATA = ("`python data/prepare.py` makes a sample; train on it with DA
 
 def map_data_shard(path: Path | str, least: int = 0) -> np.ndarray:
     """The tokens of a shard, (tokens,) uint16, left on the disk until they are used: however large it is, opening it
-    takes neither time nor memory. Raises InputError if it is not as load_data_shard says, or has fewer than `least`."""
+    takes neither time nor memory (and while it is used it must not be rewritten). Raises InputError, naming the file,
+    unless it is a header and then just as many little-endian uint16 tokens as that says, and at least `least`."""
     header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
     require(header.size == SHARD_HEADER_INTS, f"{path}: shorter than a shard's header, {4 * SHARD_HEADER_INTS} bytes")
     magic, version, num_tokens = header[:3].tolist()
@@ -246,10 +247,8 @@ def map_data_shard(path: Path | str, least: int = 0) -> np.ndarray:
     require(num_tokens >= least, f"{path}: has no tokens: fetch it again, or remove it")
     return np.memmap(path, "<u2", "r", header.nbytes, num_tokens).view(np.ndarray) if num_tokens else np.empty(0, "<u2")
 def load_data_shard(path: Path | str) -> np.ndarray:
-    """Read one shard, a header and then as many little-endian uint16 tokens as it says: (tokens,) int32.
-    Raises InputError, naming the file, for anything that is not exactly that."""
+    """All tokens of a shard, (tokens,) int32. Raises InputError as map_data_shard does."""
     return map_data_shard(path).astype(np.int32)
-
 def check_token_ids(tokens: np.ndarray, vocab_size: int, path: Path | str, start: int = 0) -> None:
     """Raise InputError for an id that has no embedding: MLX would look it up. `start`: the first token's position."""
     if tokens.size and tokens.max() >= vocab_size:
@@ -261,14 +260,13 @@ def find_shards(pattern: str) -> list[str]:
     files = sorted(glob.glob(pattern))
     require(bool(files), f"no shards match {pattern}: set DATA_PATH, or make some: {HOW_TO_GET_DATA}", MissingFileError)
     return files
-def map_shards(pattern: str, vocab_size: int) -> tuple[list[np.ndarray], int]:
-    """All shards of a pattern, mapped, and a checksum of their sizes and the first million tokens. Raises
-    InputError for no shard, an empty one, and an id among that million that is not below vocab_size."""
+def check_shards(pattern: str, vocab_size: int) -> int:
+    """A checksum of the sizes of all shards of a pattern and the first million tokens. Raises InputError for no shard,
+    an empty one, and an id among that million that is not below vocab_size."""
     files = find_shards(pattern)
-    shards = [map_data_shard(path, least=1) for path in files]
-    first = shards[0][:1_000_000]
+    sizes, first = [len(map_data_shard(path, least=1)) for path in files], map_data_shard(files[0])[:1_000_000]
     check_token_ids(first, vocab_size, files[0])
-    return shards, zlib.crc32(f"{[len(shard) for shard in shards]}".encode(), zlib.crc32(first))
+    return zlib.crc32(f"{sizes}".encode(), zlib.crc32(first))
 
 class TokenStream:
     """The tokens of all files of a pattern, in the order of their names, for ever. Attributes: `files`; `file_idx`,
@@ -310,10 +308,10 @@ class TokenLoader:
         require(num_tokens > 0, f"a batch of {batch_tokens} tokens has no room for a sequence of {seq_len}")
         tokens = self.stream.take(num_tokens + 1)
         return mx.array(tokens[:-1].reshape(-1, seq_len)), mx.array(tokens[1:].reshape(-1, seq_len))
-def load_validation_tokens(pattern: str, seq_len: int, vocab_size: int = 65_536) -> np.ndarray:
-    """All validation shards as one array, (k * seq_len + 1,) uint16, with k as large as it can be; a single shard is
-    mapped. Raises InputError when k is 0, and as map_shards does; eval_val checks the ids that this did not."""
-    shards, _ = map_shards(pattern, vocab_size)
+def load_validation_tokens(pattern: str, seq_len: int) -> np.ndarray:
+    """All validation shards as one array, (k * seq_len + 1,) uint16, with k as large as it can be; a single one is
+    mapped. Raises MissingFileError when no file matches, InputError when k is 0 or a file is empty or no shard."""
+    shards = [map_data_shard(path, least=1) for path in find_shards(pattern)]
     tokens = shards[0] if len(shards) == 1 else np.concatenate(shards)
     num_seqs = (len(tokens) - 1) // seq_len
     require(num_seqs > 0, f"{pattern}: {len(tokens)} tokens are too few for a sequence of TRAIN_SEQ_LEN={seq_len}")
@@ -409,12 +407,12 @@ def split_heads(dim: int, num_heads: int, num_kv_heads: int) -> int:
 @mx.custom_function
 def exp_below(x: mx.array, top: mx.array) -> mx.array:
     """e**(x - top), without a gradient for top. On a Linux CPU MLX's exp takes 25 ns an element and its power, which is
-    as exact, 9; but power's own gradient takes the logarithm of e once for each."""
+    as exact, 9; but power's own gradient computes log(e) for every element."""
     return mx.power(mx.array(math.e, dtype=x.dtype), x - top)
 exp_below.vjp(lambda primals, cotangent, output: (cotangent * output, mx.zeros_like(primals[1])))
 def softmax_attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
     """mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal") for a Linux CPU, where it is not the
-    products that take most of the time. So the softmax's sums divide at the end, head_dim numbers and not keys."""
+    products that take most of the time. So the softmax's sums divide the results, which are fewer than the weights."""
     batch, heads, rows, head_dim = q.shape
     kv_heads, keys = k.shape[1:3]
     q = (q * scale).reshape(batch, kv_heads, -1, head_dim)  # heads that share keys are rows of one product
@@ -426,9 +424,9 @@ def softmax_attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx
 QUERY_BLOCK = 128  # at 1,024 tokens 64 and 256 were slower by a tenth
 def causal_attention(q: mx.array, k: mx.array, v: mx.array, scale: float, training: bool) -> mx.array:
     """Attention of each query to the keys up to its own: (batch, heads, seq, head_dim); fewer heads in k and v.
-    MLX stores no scores for 16-bit floats on CUDA and, without gradients, on Metal (so its source; neither was run).
-    Else queries come in blocks, each with the keys it may see, or half of all scores were made for the mask to hide.
-    On 2 Linux cores blocks make a step of 1,024 tokens 1.4 times as fast, and with softmax_attention twice."""
+    By its source, MLX stores no scores at usual widths for 16-bit floats on CUDA and, without gradients, on Metal.
+    Otherwise queries come in blocks, each with the keys it may see; else half of all scores were made to be masked.
+    On 2 Linux cores blocks make a step of 1,024 tokens 1.4 times as fast, with softmax_attention twice."""
     attend, where = partial(mx.fast.scaled_dot_product_attention, scale=scale, mask="causal"), backend()
     if (where == "cuda" and q.dtype != mx.float32) or (where == "metal" and not training):
         return attend(q, k, v)
@@ -466,7 +464,7 @@ class CausalSelfAttention(nn.Module):
 
 @mx.custom_function
 def relu_squared(x: mx.array) -> mx.array:
-    """max(x, 0)**2 (arXiv:2109.08668). Its gradient needs x alone; by MLX's own, relu(x) is kept: 5% more memory."""
+    """max(x, 0)**2 (arXiv:2109.08668). Its gradient needs x alone; MLX's own also keeps relu(x): 5% more memory."""
     return mx.square(nn.relu(x))
 relu_squared.vjp(lambda x, cotangent, output: 2 * nn.relu(x) * cotangent)
 class MLP(nn.Module):
@@ -584,10 +582,11 @@ class Muon:
             alike.setdefault(key if backend() == "cpu" else params[key].shape, []).append(key)
         for keys in alike.values():
             stack = mx.stack([nesterov[key] for key in keys]) if len(keys) > 1 else nesterov[keys[0]][None]
-            update = zeropower_newtonschulz5(stack, args.muon_backend_steps)
+            updates = zeropower_newtonschulz5(stack, args.muon_backend_steps)
             # All singular values being 1, a tall matrix's update is small beside its many rows: make up for that.
             rate = args.matrix_lr * lr_mul * math.sqrt(max(1.0, stack.shape[1] / stack.shape[2]))
-            updated |= {key: params[key] - (rate * update[i]).astype(params[key].dtype) for i, key in enumerate(keys)}
+            for param, key, update in zip([params[key] for key in keys], keys, updates, strict=True):
+                updated[key] = param - (rate * update.astype(param.dtype)).astype(param.dtype)
         return updated
 
 class SplitOptimizers:
@@ -610,10 +609,14 @@ class SplitOptimizers:
             for learning_rate in (args.tied_embed_lr, args.scalar_lr))
         self.adam_embed.init({self.embed_key: params[self.embed_key]})
         self.adam_scalar.init({key: params[key] for key in self.scalar_keys})
-        state = [self.muon.buffers, self.adam_embed.state, self.adam_scalar.state]  # change these, never replace them
-        self.compiled_update = mx.compile(self.update, inputs=state, outputs=state)
-    def update(self, params: FlatParams, grads: FlatParams, step: mx.array, lr_mul: mx.array) -> FlatParams:
-        """New values of all parameters; compiled, which is why all that changes comes as arrays."""
+    @cached_property
+    def compiled_update(self) -> Callable[..., FlatParams]:
+        """update, compiled at the first step; from then on the dicts of state may change, but not be replaced."""
+        state = [self.muon.buffers, self.adam_embed.state, self.adam_scalar.state]
+        return mx.compile(self.update, inputs=state, outputs=state)
+    def update(self, params: FlatParams, grads: FlatParams, step: mx.array, lr_mul: mx.array, _: Any = 0) -> FlatParams:
+        """New values of all parameters. It is traced: no Python `if` or `min` on step and lr_mul, which are arrays, and
+        anew when the last argument changes, the text of all settings."""
         updated = self.muon.step(params, grads, step, lr_mul)
         for adam, learning_rate, keys in ((self.adam_embed, self.args.tied_embed_lr, [self.embed_key]),
                                           (self.adam_scalar, self.args.scalar_lr, self.scalar_keys)):
@@ -623,9 +626,8 @@ class SplitOptimizers:
     def step(self, model: GPT, grads_tree: dict, step: int, lr_mul: float) -> None:
         """Update the model; `step` counts from 0. MLX is lazy: the work is done when the parameters are evaluated."""
         params, grads = dict(tree_flatten(model.parameters())), dict(tree_flatten(grads_tree))
-        updated = self.compiled_update(params, grads, mx.array(step), mx.array(lr_mul))
+        updated = self.compiled_update(params, grads, mx.array(step), mx.array(lr_mul), str(vars(self.args)))
         model.update(tree_unflatten(list(updated.items())))
-
 def clip_grad_tree(grads_tree: dict, max_norm: float) -> dict:
     """Scale all gradients so that their global norm is at most max_norm (not at all if that is 0 or less).
     Leaves keep their dtypes. The squares are summed in NumPy, because MLX has no float64 on GPUs."""
@@ -651,14 +653,13 @@ def token_chunks(total_tokens: int, seq_len: int, max_chunk_tokens: int) -> list
 @mx.compile
 def add_scaled(accum: FlatParams, grads: FlatParams, scale: mx.array) -> FlatParams:
     """accum + scale * grads, in one pass, and in accum's own memory if nothing else needs that."""
-    return {key: (accum[key] + grad * scale).astype(grad.dtype) for key, grad in grads.items()}
+    return {key: (accum[key] + grad * scale).astype(accum[key].dtype) for key, grad in grads.items()}
 def accumulate_flat_grads(accum: FlatParams | None, grads_tree: dict, scale: float) -> FlatParams:
     """accum + scale * grads, in accum itself, a flat dict; None starts one."""
-    if accum is None:
-        return {key: grad * scale for key, grad in tree_flatten(grads_tree)}
-    accum.update(add_scaled(accum, dict(tree_flatten(grads_tree)), mx.array(scale)))
+    accum, grads = {} if accum is None else accum, dict(tree_flatten(grads_tree))
+    first = {key: grad * scale for key, grad in grads.items()}
+    accum.update(add_scaled(accum, grads, mx.array(scale)) if accum else first)
     return accum
-
 def loss_and_grad_chunked(args: Hyperparameters, train_loader: TokenLoader, compiled_loss_and_grad: LossAndGrad,
                           microbatches: int = 1) -> tuple[mx.array, dict]:
     """Mean loss (scalar, nats) and mean gradients (a tree) of the loader's next microbatch, or so many of them."""
@@ -697,7 +698,6 @@ def eval_val(args: Hyperparameters, compiled_loss: Loss, val_tokens: np.ndarray,
     for i in range(1, num_batches + 1):
         first, last = (i - 1) * batch_seqs, min(i * batch_seqs, total_seqs)
         tokens = val_tokens[first * seq_len : last * seq_len + 1].astype(np.int32)
-        check_token_ids(tokens, args.vocab_size, args.val_files, first * seq_len)
         previous, target = tokens[:-1], tokens[1:]
         loss = compiled_loss(mx.array(previous.reshape(-1, seq_len)), mx.array(target.reshape(-1, seq_len)))
         mx.async_eval(loss)  # and count its bytes meanwhile
@@ -811,7 +811,6 @@ def unpickle(data: bytes) -> Any:
     for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):  # runs nothing, and finds what is cut off
         require(count < 1_000_000 and (not opcode.name.endswith("PUT") or argument <= count), "it is a pickle bomb")
     return plain(Unpickler(io.BytesIO(data)).load())
-
 def check_arrays(found: dict[str, Any], expected: FlatParams) -> None:
     """Raise InputError unless both have the same names and shapes, and the one has floats where the other has."""
     there, wanted = ({name: re.sub("b?float(16|32)", "floating", f"{array.dtype} {tuple(array.shape)}")
@@ -951,9 +950,9 @@ def read_inputs(args: Hyperparameters) -> Inputs:
     tokenizer = examine(lambda: load_tokenizer(args.tokenizer_path, args.vocab_size))
     if Path(str(args.data_path)).is_dir():
         dataset = examine(validate_dataset_tokenizer_pair, args.data_path, args.tokenizer_path)
-        val_tokens = examine(lambda: load_validation_tokens(args.val_files, args.train_seq_len, args.vocab_size))
-        checksums = args.eval_artifact or examine(
-            lambda: [map_shards(pattern, args.vocab_size)[1] for pattern in (args.val_files, args.train_files)])
+        val_tokens = examine(lambda: load_validation_tokens(args.val_files, args.train_seq_len))
+        patterns = (args.val_files, args.train_files)[: 1 if args.eval_artifact else 2]
+        checksums = [examine(check_shards, pattern, args.vocab_size) for pattern in patterns]
     text = "\n".join(errors).replace(HOW_TO_GET_DATA, "see below", "".join(errors).count(HOW_TO_GET_DATA) - 1)
     if errors:
         raise next(iter(errors.values())) if len(errors) == 1 else InputError(text)
@@ -1179,6 +1178,7 @@ def validate(run: Run, stage: str = "validation") -> tuple[float, float, str]:
     def compiled_loss(x: mx.array, y: mx.array) -> mx.array:
         run.safe_point(stage)
         return run.compiled_loss(x, y)
+    check_token_ids(run.inputs.val_tokens, run.args.vocab_size, run.args.val_files)  # all, and not a million
     scored, total, mark = len(run.inputs.val_tokens) - 1, run.inputs.num_val_tokens, ""
     if scored < total:
         mark = f" val_tokens:{scored}/{total}"
@@ -1197,9 +1197,9 @@ def warm_up(run: Run) -> None:
     run.safe_point("warmup")
     before = tree_map(lambda array: array, training_state(run))
     sizes = token_chunks(args.microbatch_tokens, args.train_seq_len, args.mlx_max_microbatch_tokens)
-    primer.train_batch_tokens, primer.grad_accum_steps = sizes[0] + sizes[-1], 1  # of all sizes that there are
-    loader = TokenLoader(args.train_files, vocab_size=args.vocab_size)
-    _, grads = loss_and_grad_chunked(primer, loader, run.compiled_loss_and_grad)
+    primer.train_batch_tokens, primer.grad_accum_steps = sizes[0] + sizes[-1], 1  # two chunks, of all sizes there are
+    primer.mlx_max_microbatch_tokens = sizes[0]
+    _, grads = loss_and_grad_chunked(primer, TokenLoader(args.train_files), run.compiled_loss_and_grad)
     run.optimizers.step(run.model, clip_grad_tree(grads, args.grad_clip_norm), step=0, lr_mul=1.0)
     mx.eval(training_state(run))
     set_training_state(run, before)

@@ -5,10 +5,11 @@
     .venv/bin/python tests/bench.py --growth              # cost as sequences, layers, batch and validation grow
     NUM_LAYERS=2 MODEL_DIM=128 TRAIN_SEQ_LEN=256 .venv/bin/python tests/bench.py --seqs 8
 
-Settings are the script's environment variables, but for the batch: a training step is --chunks chunks of --seqs
-sequences. Every figure is the median of --repeats. A script runs in a process of its own and does one thing at a time,
-when told to; two scripts are told in turn, so that a machine that slows down slows both down. Data are the sample's
-(`data/prepare.py`). Only names that the script has always had are used, so that any revision can be measured.
+Settings are the script's environment variables, but for the batch: training is --chunks chunks of --seqs sequences,
+without the optimizer's step, which has a line of its own. Every figure is the median of --repeats. A script runs in a
+process of its own and does one thing at a time, when told to; two scripts are told in turn, so that a machine that slows
+down slows both down. Data are the sample's (`data/prepare.py`). Only names that the script has always had are used, so
+that any revision can be measured.
 """
 
 from __future__ import annotations
@@ -45,15 +46,21 @@ def work(script: str, seqs: int, chunks: int, val_seqs: int) -> None:
     from mlx.utils import tree_flatten, tree_map
 
     args = tg.Hyperparameters()
-    args.grad_accum_steps, args.mlx_max_microbatch_tokens = chunks, seqs * args.train_seq_len
+    args.grad_accum_steps, args.mlx_max_microbatch_tokens = 1, seqs * args.train_seq_len
     args.train_batch_tokens = chunks * args.mlx_max_microbatch_tokens
-    args.val_batch_size = args.train_batch_tokens  # validation batches are as large as chunks
+    args.val_batch_size = args.mlx_max_microbatch_tokens  # validation batches are as large as chunks
     mx.random.seed(args.seed)
     model = tg.GPT(args.vocab_size, args.num_layers, args.model_dim, args.num_heads, args.num_kv_heads, args.mlp_mult,
                    args.logit_chunk_tokens, args.logit_softcap, args.rope_base, args.tied_embed_init_std,
                    args.qk_gain_init)  # fmt: skip
     optimizers = tg.SplitOptimizers(model, args)
-    loss = mx.compile(model.loss, inputs=model.state, outputs=model.state)
+
+    def loss_alone(x: mx.array, y: mx.array) -> mx.array:
+        value = model.eval().loss(x, y)
+        model.train()
+        return value
+
+    loss = mx.compile(loss_alone, inputs=model.state, outputs=model.state)
     loss_and_grad = mx.compile(nn.value_and_grad(model, model.loss), inputs=model.state, outputs=model.state)
     loader = tg.TokenLoader(args.train_files)
     tokens = tg.load_validation_tokens(args.val_files, args.train_seq_len)[: val_seqs * args.train_seq_len + 1]
@@ -61,18 +68,15 @@ def work(script: str, seqs: int, chunks: int, val_seqs: int) -> None:
     params = dict(tree_flatten(model.parameters()))
     per_token = 6 * sum(p.size for p in params.values()) + 12 * args.num_layers * args.model_dim * args.train_seq_len
     grads = tree_map(lambda p: mx.random.normal(p.shape).astype(p.dtype), model.parameters())
-    mx.eval(grads, params)
+    optimizers.step(model, grads, step=0, lr_mul=0.0)  # which leaves the model as it is, and makes the buffers
+    mx.eval(grads, model.state, optimizers.muon.buffers, optimizers.adam_embed.state, optimizers.adam_scalar.state)
 
     def train() -> float:
-        accum = None
-        for _ in range(chunks):
-            _, chunk_grads = tg.loss_and_grad_chunked(args, loader, loss_and_grad)
-            accum = tg.accumulate_flat_grads(accum, chunk_grads, 1.0 / chunks)
-            mx.eval(accum)
+        mx.eval(tg.loss_and_grad_chunked(args, loader, loss_and_grad))
         return args.train_batch_tokens
 
     def optimize() -> float:
-        optimizers.step(model, grads, step=1, lr_mul=0.0)  # which leaves the model as it is
+        optimizers.step(model, grads, step=1, lr_mul=0.0)
         mx.eval(model.parameters())
         return 1.0
 
@@ -138,16 +142,22 @@ class Worker:
 
 
 def in_turn(workers: list[Worker], what: str, repeats: int) -> list[dict]:
-    """For each worker the medians of `what`, after one time that does not count (it compiles)."""
+    """For each worker the medians of `what`, after one time that does not count (it compiles). `low` and `high` are the
+    lowest and the highest ratio of the first worker's rate to this one's, over the times that they took turns."""
     found: list[list[dict]] = [[] for _ in workers]
     for repeat in range(repeats + 1):
         for i in range(len(workers))[:: 1 if repeat % 2 else -1]:
             found[i].append(workers[i].measure(what))
-    return [{key: statistics.median(one[key] for one in some[1:]) for key in some[0]} for some in found]
+    medians = [{key: statistics.median(one[key] for one in some[1:]) for key in some[0]} for some in found]
+    for some, median in zip(found, medians, strict=True):
+        ratios = [first["rate"] / one["rate"] for first, one in zip(found[0][1:], some[1:], strict=True)]
+        median.update(low=min(ratios), high=max(ratios))
+    return medians
 
 
 def start_up(script: Path, seqs: int) -> float:
-    """Seconds from starting a run with the default warmup and 8 accumulation steps to its first training step."""
+    """Seconds from starting a run, with the default warmup and 8 accumulation steps, to the end of its first training
+    step; measured once."""
     seq_len = int(os.environ.get("TRAIN_SEQ_LEN", 1024))
     with tempfile.TemporaryDirectory() as folder:
         settings = {"TRAIN_BATCH_TOKENS": 8 * seqs * seq_len, "VAL_BATCH_SIZE": 8 * seqs * seq_len, "ITERATIONS": 1,
@@ -160,7 +170,7 @@ def start_up(script: Path, seqs: int) -> float:
                 seconds = time.perf_counter() - started
                 run.kill()
                 run.wait()
-                return seconds - float(line.split("train_time:")[1].split("ms")[0]) / 1000
+                return seconds
     sys.exit(f"{script} did not come to its first step")
 
 
@@ -169,7 +179,7 @@ def compare(scripts: list[Path], options: argparse.Namespace) -> None:
     workers = [Worker(script, options) for script in scripts]
     results = {what: in_turn(workers, what, options.repeats)
                for what in ("multiply", "copy", "train", "validate", "optimize")}  # fmt: skip
-    flops = workers[0].about["flops_per_token"]
+    flops = workers[0].about["flops_per_token"]  # of attention to all keys, though half of them are masked
     peak = statistics.median(one["rate"] for one in results["multiply"])
     for worker in workers:
         worker.end()
@@ -187,13 +197,16 @@ def compare(scripts: list[Path], options: argparse.Namespace) -> None:
         ("optimizer step, ms", [1000 / one["rate"] for one in results["optimize"]], False, "{:.1f}"),
     ]
     if options.start_up:
-        rows.append(("start to first step, s", [start_up(script, options.seqs) for script in scripts], False, "{:.1f}"))
-    heads = ["this", options.against, "times as good"] if len(scripts) > 1 else ["this"]
+        rows.append(("start to step 1, s", [start_up(script, options.seqs) for script in scripts], False, "{:.1f}"))
+    heads = ["this", options.against, "times as good", "in each turn"] if len(scripts) > 1 else ["this"]
+    timed = {"training, tokens/s": "train", "validation, tokens/s": "validate", "optimizer step, ms": "optimize"}
     print(f"{'':<24}" + "".join(f"{head:>14}" for head in heads))
     for name, values, more_is_better, form in rows:
         cells = [form.format(value) for value in values]
         if len(values) > 1:
             cells.append(f"{values[0] / values[1] if more_is_better else values[1] / values[0]:.2f}")
+        if len(values) > 1 and name in timed:
+            cells.append("{low:.2f} to {high:.2f}".format(**results[timed[name]][1]))
         print(f"{name:<24}" + "".join(f"{cell:>14}" for cell in cells))
 
 

@@ -38,6 +38,11 @@ def test_accumulate_starts_adds_and_keeps_dtypes():
     accum = tg.accumulate_flat_grads(accum, tree, 0.25)
     assert {key: value.tolist() for key, value in accum.items()} == {"a": [0.75, 1.5], "b.0.c": [3.0]}
     assert accum["b.0.c"].dtype == mx.bfloat16
+    own = {}
+    assert tg.accumulate_flat_grads(own, tree, 0.5) is own
+    assert own["a"].tolist() == [0.5, 1.0]
+    accum = tg.accumulate_flat_grads({"b.0.c": mx.array([1.0]), "a": accum["a"]}, tree, 0.25)
+    assert (accum["b.0.c"].dtype, accum["b.0.c"].item()) == (mx.float32, 2.0)  # a more exact accumulator stays one
     assert tree["a"].tolist() == [1.0, 2.0]
 
 
@@ -106,7 +111,7 @@ def test_step_averages_microbatches(tmp_path):
 
 
 def test_accumulator_keeps_the_memory_it_has():
-    """Large gradients are added where the first ones are: no further copy, also of none of them scaled."""
+    """Gradients are added where the first ones are: there is no further copy, not even a scaled one."""
     size = 4 * 1024 * 1024
     first, second = ({"w": mx.full((size // 4,), value)} for value in (1.0, 2.0))
     accum = tg.accumulate_flat_grads(None, first, 1.0)

@@ -196,7 +196,7 @@ def test_settings_assigned_in_code_are_checked_at_the_start_of_a_run(checked, da
 
 
 def test_a_check_that_fails_by_itself_is_not_hidden(checked, monkeypatch):
-    monkeypatch.setattr(tg, "map_shards", lambda *args: 1 / 0)
+    monkeypatch.setattr(tg, "check_shards", lambda *args: 1 / 0)
     with pytest.raises(RuntimeError, match="failed"):
         checked()
 

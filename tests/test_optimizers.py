@@ -132,6 +132,26 @@ def test_step_is_traced_once_and_sees_momentum_rates_and_state_change(monkeypatc
         np.testing.assert_allclose(to_numpy(a), to_numpy(b), rtol=1e-4, atol=1e-5, err_msg=key)
 
 
+def test_what_is_assigned_between_steps_is_not_ignored():
+    """A rate, and before the first step an optimizer."""
+    args = settings(num_layers=1)
+    model = build_model(args)
+    optimizers = tg.SplitOptimizers(model, args)
+    optimizers.muon = tg.Muon(optimizers.matrix_keys, dict(tree_flatten(model.parameters())), args)
+    grads = tree_map(mx.ones_like, model.parameters())
+    optimizers.step(model, grads, 0, 1.0)
+    assert mx.array_equal(optimizers.muon.buffers["blocks.0.mlp.fc.weight"], grads["blocks"][0]["mlp"]["fc"]["weight"])
+    args.matrix_lr = args.scalar_lr = args.tied_embed_lr = 0.0
+    before = dict(tree_flatten(model.parameters()))
+    optimizers.step(model, grads, 1, 1.0)
+    assert all(mx.array_equal(before[key], value) for key, value in tree_flatten(model.parameters()))
+    args.matrix_lr = 0.1
+    optimizers.step(model, grads, 2, 1.0)
+    after = dict(tree_flatten(model.parameters()))
+    moved = {key for key in before if not mx.array_equal(before[key], after[key])}
+    assert moved == set(optimizers.matrix_keys)
+
+
 def test_split_of_the_parameters():
     model = build_model(settings())
     optimizers = tg.SplitOptimizers(model, settings())

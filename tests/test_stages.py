@@ -156,20 +156,24 @@ def test_warmup_uses_every_shape_and_leaves_no_trace(stages):
     assert before.keys() == after.keys()
 
 
-def test_warmup_leaves_nothing_to_trace(stages, monkeypatch):
+@pytest.mark.parametrize("most", [24, 40, 64, 1000])  # tokens in a chunk; a microbatch has 40
+def test_warmup_leaves_nothing_to_trace(stages, monkeypatch, most):
     """Training and validation after it meet compiled functions only: no line of the model's is run again."""
-    run = stages(warmup_steps=1, train_batch_tokens=80, mlx_max_microbatch_tokens=24, iterations=2, grad_clip_norm=1.0)
+    run = stages(warmup_steps=1, train_batch_tokens=80, mlx_max_microbatch_tokens=most, iterations=2,
+                 grad_clip_norm=1.0)  # fmt: skip
     real = tg.set_up(run.args, run.inputs)
     run.model, run.optimizers = real.model, real.optimizers
     run.compiled_loss, run.compiled_loss_and_grad = real.compiled_loss, real.compiled_loss_and_grad
     tg.warm_up(run)
     traced = []
-    for cls, name in ((tg.GPT, "loss"), (tg.Muon, "step"), (tg.SplitOptimizers, "update")):
+    for cls, name in ((tg.GPT, "__call__"), (tg.Muon, "step")):
         original = getattr(cls, name)
         monkeypatch.setattr(cls, name, lambda *a, f=original, n=name: traced.append(n) or f(*a))
     tg.train(run)
     assert "val_loss" in lines(run)[-1]
     assert traced == []
+    run.compiled_loss(mx.zeros((7, 8), dtype=mx.int32), mx.zeros((7, 8), dtype=mx.int32))  # of no size that was met
+    assert traced == ["__call__"]
 
 
 @pytest.mark.parametrize(("steps", "logged"), [(20, list(range(1, 21))), (21, [10, 20, 21]), (0, [])])
@@ -329,3 +333,13 @@ def test_moving_aside_takes_a_number_that_is_free_for_all(tmp_path):
     assert (tmp_path / "x_mlx_model.int8.ptz.3").read_text() == "x_mlx_model.int8.ptz"
     assert (tmp_path / "x.txt.1").read_text() == "x.txt.1"
     assert not (tmp_path / "x_mlx_model.npz.3").exists()
+
+
+def test_an_id_without_an_embedding_is_found_before_it_is_scored(stages):
+    """Before the run only the first million are looked at."""
+    run = stages()
+    run.inputs.val_tokens[70] = 64
+    with pytest.raises(tg.InputError, match=r"fineweb_val_\*\.bin: token 70 is 64, but VOCAB_SIZE=64"):
+        tg.validate(run)
+    run.inputs.val_tokens[70] = 63
+    assert tg.validate(run)[0] > 0
