@@ -952,7 +952,7 @@ def read_inputs(args: Hyperparameters) -> Inputs:
         dataset = examine(validate_dataset_tokenizer_pair, args.data_path, args.tokenizer_path)
         val_tokens = examine(lambda: load_validation_tokens(args.val_files, args.train_seq_len))
         patterns = (args.val_files, args.train_files)[: 1 if args.eval_artifact else 2]
-        checksums = [examine(check_shards, pattern, args.vocab_size) for pattern in patterns]
+        checksums = [examine(lambda p=pattern: check_shards(p, args.vocab_size)) for pattern in patterns]
     text = "\n".join(errors).replace(HOW_TO_GET_DATA, "see below", "".join(errors).count(HOW_TO_GET_DATA) - 1)
     if errors:
         raise next(iter(errors.values())) if len(errors) == 1 else InputError(text)
