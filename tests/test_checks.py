@@ -302,6 +302,7 @@ class TestData:
                 path.unlink()
             messages = checked({"data_path": broken})
             assert any(f"no shards match {broken}/fineweb_{kind}_*.bin" in line for line in messages)
+        assert any(f"no shards match {broken}/fineweb_train_*.bin" in line for line in messages)  # both are told of
 
     def test_file_that_cannot_be_read(self, checked, broken):
         (broken / "fineweb_train_000002.bin").mkdir()
