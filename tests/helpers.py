@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+import pytest
 
 import train_gpt_mlx as tg
 
 REPO = Path(__file__).resolve().parent.parent
 RECORDED = json.loads((Path(__file__).parent / "recorded.json").read_text(encoding="utf-8"))
+
+needs_compiler = pytest.mark.skipif(
+    sys.platform == "linux" and tg.backend() == "cpu" and not shutil.which("g++"),
+    reason="MLX compiles nothing on a Linux CPU without g++",
+)
 
 
 def learnable_tokens(count: int, vocab: int, salt: int) -> np.ndarray:

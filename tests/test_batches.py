@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
 import train_gpt_mlx as tg
-from helpers import RECORDED, build_model, learnable_tokens, settings, stir, to_numpy, write_shard
+from helpers import RECORDED, build_model, learnable_tokens, needs_compiler, settings, stir, to_numpy, write_shard
 
 
 @pytest.mark.parametrize(("arguments", "chunks"), RECORDED["token_chunks"], ids=str)
@@ -110,6 +110,7 @@ def test_step_averages_microbatches(tmp_path):
     assert grads["w"]["v"].item() == pytest.approx(np.average([np.mean(y) for _, y in loss.batches], weights=sizes))
 
 
+@needs_compiler
 def test_accumulator_keeps_the_memory_it_has():
     """Gradients are added where the first ones are: there is no further copy, not even a scaled one."""
     size = 4 * 1024 * 1024

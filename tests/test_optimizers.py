@@ -10,7 +10,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 import train_gpt_mlx as tg
-from helpers import RECORDED, build_model, settings, stir, to_numpy, wave
+from helpers import RECORDED, build_model, needs_compiler, settings, stir, to_numpy, wave
 
 
 def np_newton_schulz(g, steps, eps=1e-7):
@@ -113,6 +113,7 @@ def test_newton_schulz_of_a_stack_is_that_of_each():
             np.testing.assert_allclose(to_numpy(stack[i]), to_numpy(tg.zeropower_newtonschulz5(g[i], 5)), atol=1e-6)
 
 
+@needs_compiler
 def test_step_is_traced_once_and_sees_momentum_rates_and_state_change(monkeypatch):
     """Compiled, it must not take for constants what changes from step to step."""
     args = settings(num_layers=1)

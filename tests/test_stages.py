@@ -13,7 +13,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 import train_gpt_mlx as tg
-from helpers import build_model, learnable_tokens, settings, stir, write_shard
+from helpers import build_model, learnable_tokens, needs_compiler, settings, stir, write_shard
 
 
 @pytest.fixture
@@ -156,6 +156,7 @@ def test_warmup_uses_every_shape_and_leaves_no_trace(stages):
     assert before.keys() == after.keys()
 
 
+@needs_compiler
 @pytest.mark.parametrize("most", [24, 40, 64, 1000])  # tokens in a chunk; a microbatch has 40
 def test_warmup_leaves_nothing_to_trace(stages, monkeypatch, most):
     """Training and validation after it meet compiled functions only: no line of the model's is run again."""
