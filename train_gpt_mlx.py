@@ -421,7 +421,7 @@ def softmax_attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx
     weights = exp_below(scores, mx.stop_gradient(mx.max(scores, axis=-1, keepdims=True)))
     y = (weights.astype(v.dtype).reshape(batch, kv_heads, -1, keys) @ v).reshape(batch, heads, rows, head_dim)
     return (y / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
-QUERY_BLOCK = 128  # at 1,024 tokens 64 and 256 were slower by a tenth
+QUERY_BLOCK = 128  # 64 and 256 are as fast, or slower by up to a twentieth, at 1,024 tokens on 2 Linux cores
 def causal_attention(q: mx.array, k: mx.array, v: mx.array, scale: float, training: bool) -> mx.array:
     """Attention of each query to the keys up to its own: (batch, heads, seq, head_dim); fewer heads in k and v.
     By its source, MLX stores no scores at usual widths for 16-bit floats on CUDA and, without gradients, on Metal.
@@ -653,12 +653,13 @@ def token_chunks(total_tokens: int, seq_len: int, max_chunk_tokens: int) -> list
 @mx.compile
 def add_scaled(accum: FlatParams, grads: FlatParams, scale: mx.array) -> FlatParams:
     """accum + scale * grads, in one pass, and in accum's own memory if nothing else needs that."""
-    return {key: (accum[key] + grad * scale).astype(accum[key].dtype) for key, grad in grads.items()}
+    return {key: (total + grads[key] * scale).astype(total.dtype) for key, total in accum.items()}
 def accumulate_flat_grads(accum: FlatParams | None, grads_tree: dict, scale: float) -> FlatParams:
     """accum + scale * grads, in accum itself, a flat dict; None starts one."""
     accum, grads = {} if accum is None else accum, dict(tree_flatten(grads_tree))
-    first = {key: grad * scale for key, grad in grads.items()}
-    accum.update(add_scaled(accum, grads, mx.array(scale)) if accum else first)
+    begun = {key: accum[key] for key in grads if key in accum}
+    accum |= {key: grad * scale for key, grad in grads.items() if key not in begun}
+    accum |= add_scaled(begun, grads, mx.array(scale)) if begun else {}
     return accum
 def loss_and_grad_chunked(args: Hyperparameters, train_loader: TokenLoader, compiled_loss_and_grad: LossAndGrad,
                           microbatches: int = 1) -> tuple[mx.array, dict]:
@@ -763,11 +764,11 @@ def quantize_state_dict_int8(flat_state: FlatParams) -> tuple[dict[str, Any], di
             obj["dtypes"][name] = str(arr.dtype).removeprefix("mlx.core.")
             if arr.ndim == 2:
                 obj["qmeta"][name] = {"scheme": "per_row", "axis": 0}
-    payload = [arr for part in ("quantized", "scales", "passthrough") for arr in obj[part].values()]
-    stats = {"param_count": sum(arr.size for arr in flat_state.values()), "num_tensors": len(flat_state),
-             "num_float_tensors": len(obj["quantized"]), "num_nonfloat_tensors": num_nonfloat,
-             "baseline_tensor_bytes": sum(arr.nbytes for arr in flat_state.values()),
-             "int8_payload_bytes": sum(arr.nbytes for arr in payload)}
+    stats = {
+        "param_count": sum(arr.size for arr in flat_state.values()), "num_tensors": len(flat_state),
+        "num_float_tensors": len(obj["quantized"]), "num_nonfloat_tensors": num_nonfloat,
+        "baseline_tensor_bytes": sum(arr.nbytes for arr in flat_state.values()),
+        "int8_payload_bytes": sum(a.nbytes for k in ("quantized", "scales", "passthrough") for a in obj[k].values())}
     optional = ("qmeta", "passthrough_orig_dtypes")  # the format leaves these out when they are empty
     return {key: value for key, value in obj.items() if value or key not in optional}, stats
 
@@ -951,8 +952,8 @@ def read_inputs(args: Hyperparameters) -> Inputs:
     if Path(str(args.data_path)).is_dir():
         dataset = examine(validate_dataset_tokenizer_pair, args.data_path, args.tokenizer_path)
         val_tokens = examine(lambda: load_validation_tokens(args.val_files, args.train_seq_len))
-        patterns = (args.val_files, args.train_files)[: 1 if args.eval_artifact else 2]
-        checksums = [examine(lambda p=pattern: check_shards(p, args.vocab_size)) for pattern in patterns]
+        checksums = [examine(lambda p=p: check_shards(p, args.vocab_size)) for p in (args.val_files, args.train_files)
+                     if p == args.val_files or not args.eval_artifact]
     text = "\n".join(errors).replace(HOW_TO_GET_DATA, "see below", "".join(errors).count(HOW_TO_GET_DATA) - 1)
     if errors:
         raise next(iter(errors.values())) if len(errors) == 1 else InputError(text)
@@ -1178,7 +1179,7 @@ def validate(run: Run, stage: str = "validation") -> tuple[float, float, str]:
     def compiled_loss(x: mx.array, y: mx.array) -> mx.array:
         run.safe_point(stage)
         return run.compiled_loss(x, y)
-    check_token_ids(run.inputs.val_tokens, run.args.vocab_size, run.args.val_files)  # all, and not a million
+    check_token_ids(run.inputs.val_tokens, run.args.vocab_size, run.args.val_files)  # so far it was the first million
     scored, total, mark = len(run.inputs.val_tokens) - 1, run.inputs.num_val_tokens, ""
     if scored < total:
         mark = f" val_tokens:{scored}/{total}"
@@ -1199,7 +1200,8 @@ def warm_up(run: Run) -> None:
     sizes = token_chunks(args.microbatch_tokens, args.train_seq_len, args.mlx_max_microbatch_tokens)
     primer.train_batch_tokens, primer.grad_accum_steps = sizes[0] + sizes[-1], 1  # two chunks, of all sizes there are
     primer.mlx_max_microbatch_tokens = sizes[0]
-    _, grads = loss_and_grad_chunked(primer, TokenLoader(args.train_files), run.compiled_loss_and_grad)
+    loader = TokenLoader(args.train_files, vocab_size=args.vocab_size)
+    _, grads = loss_and_grad_chunked(primer, loader, run.compiled_loss_and_grad)
     run.optimizers.step(run.model, clip_grad_tree(grads, args.grad_clip_norm), step=0, lr_mul=1.0)
     mx.eval(training_state(run))
     set_training_state(run, before)
@@ -1208,6 +1210,7 @@ def warm_up(run: Run) -> None:
     batch_seqs = microbatch_seqs("VAL_BATCH_SIZE", args.val_batch_size, args)
     run.safe_point("warmup")
     tokens = run.inputs.val_tokens[: (batch_seqs + total_seqs % batch_seqs) * args.train_seq_len + 1]
+    check_token_ids(tokens, args.vocab_size, args.val_files)
     eval_val(args, run.compiled_loss, tokens, *run.inputs.byte_tables)
     for step in (s for s in range(1, steps + 1) if steps <= 20 or s % 10 == 0 or s == steps):
         run.log(f"warmup_step:{step}/{steps}")

@@ -38,6 +38,8 @@ def test_accumulate_starts_adds_and_keeps_dtypes():
     accum = tg.accumulate_flat_grads(accum, tree, 0.25)
     assert {key: value.tolist() for key, value in accum.items()} == {"a": [0.75, 1.5], "b.0.c": [3.0]}
     assert accum["b.0.c"].dtype == mx.bfloat16
+    partly = tg.accumulate_flat_grads({"a": mx.array([1.0, 1.0])}, tree, 0.5)
+    assert {key: value.tolist() for key, value in partly.items()} == {"a": [1.5, 2.0], "b.0.c": [2.0]}
     own = {}
     assert tg.accumulate_flat_grads(own, tree, 0.5) is own
     assert own["a"].tolist() == [0.5, 1.0]

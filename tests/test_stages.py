@@ -344,3 +344,15 @@ def test_an_id_without_an_embedding_is_found_before_it_is_scored(stages):
         tg.validate(run)
     run.inputs.val_tokens[70] = 63
     assert tg.validate(run)[0] > 0
+
+
+def test_warmup_looks_up_no_id_without_an_embedding(stages, tmp_path):
+    """Not even in shards after the first, of which nothing was checked before the run."""
+    run = stages(warmup_steps=1)
+    run.inputs.val_tokens[20] = 64
+    with pytest.raises(tg.InputError, match=r"fineweb_val_\*\.bin: token 20 is 64"):
+        tg.warm_up(run)
+    write_shard(tmp_path / "set/fineweb_train_000000.bin", [1, 2, 3])
+    write_shard(tmp_path / "set/fineweb_train_000001.bin", [1, 64, 3] * 50)
+    with pytest.raises(tg.InputError, match=r"fineweb_train_000001\.bin: token 1 is 64"):
+        tg.warm_up(run)
