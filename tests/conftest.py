@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -94,3 +95,16 @@ def start(data, tmp_path) -> Start:
     for process in processes:
         process.popen.kill()
         process.popen.communicate()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, of 4 MiB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(path)],
+                          capture_output=True, text=True, check=False) if shutil.which("mount") else None  # fmt: skip
+    if done is None or done.returncode:
+        pytest.skip(f"cannot mount a small disk: {done.stderr.strip() if done else 'no mount command'}")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)

@@ -415,19 +415,6 @@ def test_a_size_limit_is_told_in_one_line_and_nothing_is_lost(root, tmp_path, li
     assert not list(root.glob(".prepare*"))
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of its own, of 4 MiB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(path)],
-                          capture_output=True, text=True, check=False) if shutil.which("mount") else None  # fmt: skip
-    if done is None or done.returncode:
-        pytest.skip(f"cannot mount a small disk: {done.stderr.strip() if done else 'no mount command'}")
-    yield path
-    subprocess.run(["umount", str(path)], check=True)
-
-
 def test_a_full_disk_is_told_in_one_line_and_nothing_is_lost(small_disk, tmp_path, monkeypatch, capsys, old_and_new):
     """Rebuild with room for all files but one, for each in the order of writing, then with room for all."""
     texts, old, new = old_and_new

@@ -1,0 +1,459 @@
+#!/usr/bin/env python3
+"""Fetch the challenge's data, FineWeb already cut into tokens, from the Hugging Face hub.
+
+    python data/cached_challenge_fineweb.py                    # all 80 training shards, 16 GB
+    python data/cached_challenge_fineweb.py --train-shards 1   # the first one, 200 MB: enough to begin with
+
+With them come all validation shards and the tokenizer. What is here already is looked at, and fetched again only if
+it is damaged, so the same command goes on where it was interrupted, or adds more shards to the first ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+try:
+    from huggingface_hub import hf_hub_download
+    from tqdm import tqdm
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"error: {error.name} is not installed: pip install -r requirements.txt")
+
+ROOT = Path(__file__).resolve().parent  # the data folder
+DATASETS_DIR = ROOT / "datasets"
+TOKENIZERS_DIR = ROOT / "tokenizers"
+REPO_ID = os.environ.get("MATCHED_FINEWEB_REPO_ID", "willdepueoai/parameter-golf")
+REMOTE_ROOT_PREFIX = os.environ.get("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "datasets")  # all files are under it
+
+SHARD_HEADER_INTS = 256  # little-endian int32: magic, version, token count, then zeros
+SHARD_MAGIC, SHARD_VERSION = 20240520, 1
+FULL_SHARD_BYTES = 4 * SHARD_HEADER_INTS + 2 * 100_000_000  # the challenge's shards hold up to 100 million tokens
+FILES_AT_A_TIME = 8
+SECONDS_BETWEEN_ATTEMPTS = (1, 2, 4)
+INCOMING = ".incoming_"  # how the folders begin in which files arrive
+
+
+class FetchError(Exception):
+    """Something cannot be fetched or stored. The message says what, and what to do."""
+
+
+def dataset_dir_for_variant(name: str) -> str:
+    """sp1024 -> fineweb10B_sp1024: the name of the folder and of the manifest's entry. Raises ValueError."""
+    if name != "byte260" and not re.fullmatch(r"sp[1-9]\d*", name):
+        raise ValueError(f"--variant {name}: must be sp<N>, as sp1024, or byte260")
+    return f"fineweb10B_{name}"
+
+
+def remote(path: str) -> str:
+    """The name in the repository of a path that the manifest gives."""
+    return str(PurePosixPath(REMOTE_ROOT_PREFIX.strip("/")) / path)
+
+
+def local_path_for_remote(relative_path: str) -> Path:
+    """Where a file of the repository belongs: without the prefix, datasets/… and tokenizers/… in their folders,
+    anything else in ROOT. Raises ValueError for a path that leads out of them.
+    """
+    parts, prefix = PurePosixPath(relative_path).parts, PurePosixPath(REMOTE_ROOT_PREFIX.strip("/")).parts
+    if parts[: len(prefix)] == prefix:
+        parts = parts[len(prefix) :]
+    if not parts or ".." in parts or parts[0] == "/":
+        raise ValueError(f"{relative_path!r}: not the path of a file under {REMOTE_ROOT_PREFIX!r}")
+    folder = {"datasets": DATASETS_DIR, "tokenizers": TOKENIZERS_DIR}.get(parts[0])
+    return ROOT.joinpath(*parts) if folder is None else folder.joinpath(*parts[1:])
+
+
+def manifest_path() -> Path:
+    """The list of data sets and tokenizers, which the training script reads, too."""
+    return local_path_for_remote(remote("manifest.json"))
+
+
+def read_manifest(path: Path, name: str | None = None) -> dict:
+    """Raises ValueError, naming the file, for one that is no manifest."""
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        entries = [*manifest.get("datasets", []), *manifest.get("tokenizers", [])]
+        if all(isinstance(entry.get("name"), str) for entry in entries):
+            return manifest
+    except (ValueError, AttributeError, TypeError):
+        pass
+    raise ValueError(name or f"{path}: not a manifest: move it away")
+
+
+def merged(local: dict, fetched: dict) -> dict:
+    """The fetched manifest with those entries of the local one that it does not have, or that were built here."""
+    result = {**local, **fetched}
+    for kind in ("tokenizers", "datasets"):
+        theirs = {entry["name"]: entry for entry in fetched.get(kind, [])}
+        ours = {entry["name"]: entry for entry in local.get(kind, [])}
+        kept = {name: entry for name, entry in ours.items() if name not in theirs or "made_by" in entry}
+        result[kind] = list((theirs | kept).values())
+    return result
+
+
+def load_manifest(*, skip_manifest_download: bool) -> dict:
+    """The manifest, fetched and merged into the local one; or that as it is (FileNotFoundError where there is none)."""
+    path = manifest_path()
+    if not skip_manifest_download:
+        get(remote("manifest.json"))
+    elif not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file: leave --skip-manifest out to fetch it")
+    return read_manifest(path)
+
+
+def artifact_paths_for_tokenizer(tokenizer_entry: dict) -> list[str]:
+    """The files of a manifest's tokenizer entry, as it names them, under the prefix. Raises ValueError for none."""
+    paths = [str(tokenizer_entry[key]) for key in ("model_path", "vocab_path", "path") if tokenizer_entry.get(key)]
+    if not paths:
+        raise ValueError(f"the manifest names no file of the tokenizer {tokenizer_entry.get('name')!r}")
+    return paths
+
+
+def hub() -> str:
+    """The hub's address, for messages."""
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+def explain(error: Exception, relative_path: str) -> tuple[str, bool]:
+    """What to tell the user, in one line, of an error of the hub's client, and whether another attempt may help.
+
+    By the names of the error's classes: the module they live in has changed, the client's network library, too.
+    """
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    page = f"{hub()}/datasets/{REPO_ID}"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if "GatedRepoError" in kinds:
+        return f"{page} is gated: accept its terms on that page, then log in with `hf auth login`", False
+    if "RepositoryNotFoundError" in kinds or status == 401:
+        return f"{page}: no such data set; check MATCHED_FINEWEB_REPO_ID (a private one takes `hf auth login`)", False
+    if "HFValidationError" in kinds:
+        return f"MATCHED_FINEWEB_REPO_ID={REPO_ID}: not the name of a repository, as user/name", False
+    if "LocalEntryNotFoundError" in kinds and error.__cause__ is not None:  # the client has tried again by itself
+        return explain(error.__cause__, relative_path)[0], False
+    if "EntryNotFoundError" in kinds and "LocalEntryNotFoundError" not in kinds:
+        return f"{page} has no file {relative_path}; check --variant and MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", False
+    if status is not None:
+        return f"{relative_path}: {hub()} answered with status {status}", status in (408, 429) or status >= 500
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if kinds & {"ConnectError", "ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError"}:
+        return f"{hub()} cannot be reached ({text})", False
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{local_path_for_remote(relative_path)}: cannot be written: {error.strerror}", False
+    return f"{relative_path}: {text}", True
+
+
+class Received(tqdm):
+    """The client's progress bar of one file: not shown, but counted in the one bar of all files."""
+
+    of_all: tqdm | None = None
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(disable=True)
+
+    def update(self, n: float | None = 1) -> None:
+        if Received.of_all is not None:
+            Received.of_all.update(n)
+
+
+def size_on_hub(relative_path: str) -> int | None:
+    """Bytes of a file in the repository, if the hub says. Raises FetchError when it cannot be asked."""
+    try:
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    except ImportError:  # a client of one function, as in other people's tests
+        return None
+    try:
+        return get_hf_file_metadata(hf_hub_url(REPO_ID, relative_path, repo_type="dataset"), timeout=10).size
+    except Exception as error:
+        raise FetchError(explain(error, relative_path)[0]) from error
+
+
+def problem_with_shard(path: Path) -> str | None:
+    """What keeps the training script from using a shard, or None: its header is read, and its size compared with it."""
+    header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
+    if len(header) < SHARD_HEADER_INTS or tuple(header[:2]) != (SHARD_MAGIC, SHARD_VERSION):
+        return "is no shard"
+    expected, size = 4 * SHARD_HEADER_INTS + 2 * int(header[2]), path.stat().st_size
+    return None if size == expected else f"has {size} bytes, and by its header {expected}"
+
+
+def is_good(path: Path, relative_path: str) -> bool:
+    """Whether a file is here and whole. A shard tells by itself; of others the hub is asked for the size."""
+    if not path.is_file():
+        return False
+    size = path.stat().st_size
+    if path.suffix == ".bin":
+        problem = problem_with_shard(path)
+    else:
+        as_there = size > 0 and size_on_hub(relative_path) in (size, None)
+        problem = None if as_there else f"has {size} bytes, the hub's not"
+    if problem is not None:
+        tqdm.write(f"{path} {problem}: fetching it anew")
+    return problem is None
+
+
+def get(relative_path: str) -> None:
+    """Fetch a file of the repository to where it belongs, unless it is there and whole.
+
+    It arrives in a folder beside its place and is moved when it is whole, so nothing else ever has its name. A manifest
+    is merged into the local one. Raises FetchError when it does not arrive, or not whole, in four attempts.
+    """
+    path = local_path_for_remote(relative_path)
+    is_manifest = path == manifest_path()
+    if not is_manifest and is_good(path, relative_path):
+        return
+    name = PurePosixPath(relative_path)
+    subfolder = None if name.parent == PurePosixPath() else str(name.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for wait in (*SECONDS_BETWEEN_ATTEMPTS, None):
+            with tempfile.TemporaryDirectory(prefix=INCOMING, dir=path.parent, ignore_cleanup_errors=True) as folder:
+                try:
+                    arrived = Path(hf_hub_download(repo_id=REPO_ID, filename=name.name, subfolder=subfolder,
+                                                   repo_type="dataset", local_dir=folder, tqdm_class=Received))
+                    problem, again = problem_with_shard(arrived) if path.suffix == ".bin" else None, True
+                    text = f"{relative_path} {problem}, as it comes from {hub()}"
+                except Exception as error:
+                    problem = error
+                    text, again = explain(error, relative_path)
+                if problem is None:
+                    install(arrived, path, Path(folder), merge=is_manifest)
+                    return
+            if wait is None or not again:
+                raise FetchError(text)
+            time.sleep(wait)
+    except OSError as error:
+        raise FetchError(f"{error.filename or path}: cannot be written: {error.strerror}") from None
+
+
+def install(arrived: Path, path: Path, folder: Path, merge: bool) -> None:
+    """Move a file that arrived in the folder to its place; one that lies elsewhere is somebody's cache, and copied."""
+    if merge:
+        fetched = read_manifest(arrived, f"what comes from {hub()} as manifest.json is none")
+        arrived = folder / "merged"
+        manifest = merged(read_manifest(path) if path.exists() else {}, fetched)
+        arrived.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    elif not arrived.resolve().is_relative_to(folder.resolve()):
+        arrived = Path(shutil.copyfile(arrived, folder / "copy"))
+    with arrived.open("rb") as file:
+        os.fsync(file.fileno())  # or a power cut could leave a shard of the right size with nothing in it
+    os.replace(arrived, path)
+
+
+def sizes_to_fetch(paths: list[str]) -> dict[str, int]:
+    """Bytes of each file that is not here, shards taken as full. Raises FetchError when they do not fit on the disk."""
+    sizes: dict[str, int] = {}
+    needed: Counter[int] = Counter()  # bytes by file system: data/datasets may be a link to another disk
+    folders: dict[int, Path] = {}
+    what: Counter[str] = Counter()
+    for relative_path in paths:
+        place = local_path_for_remote(relative_path)
+        is_shard = place.suffix == ".bin"
+        if place.is_file() and not (is_shard and problem_with_shard(place)):
+            continue
+        folder = next(parent for parent in place.parents if parent.exists())
+        size = FULL_SHARD_BYTES if is_shard else size_on_hub(relative_path) or 0
+        sizes[relative_path] = size
+        needed[folder.stat().st_dev] += size
+        folders[folder.stat().st_dev] = folder
+        what[f"shards of {in_words(size)}" if is_shard else f"{place.name} of {in_words(size)}"] += 1
+    for device, size in needed.items():
+        free = shutil.disk_usage(folders[device]).free
+        if size > free:
+            listed = ", ".join(f"{count} {name}" if "shard" in name else name for name, count in what.items())
+            raise FetchError(
+                f"{folders[device]}: {in_words(free)} are free, and {in_words(size)} are needed: {listed}; "
+                f"make room, or ask for fewer --train-shards (one is {in_words(FULL_SHARD_BYTES)})"
+            )
+    return sizes
+
+
+def in_words(size: int) -> str:
+    """200001024 -> 200 MB."""
+    unit = next((unit for unit in ("GB", "MB", "kB") if size >= {"GB": 1e9, "MB": 1e6, "kB": 1e3}[unit]), "bytes")
+    return f"{size / {'GB': 1e9, 'MB': 1e6, 'kB': 1e3, 'bytes': 1}[unit]:.4g} {unit}"
+
+
+def fetch(paths: list[str], sizes: dict[str, int]) -> None:
+    """Get all of them, several at a time. At the first that fails no more are begun; those under way are finished."""
+    executor = ThreadPoolExecutor(FILES_AT_A_TIME, initializer=tqdm.set_lock, initargs=(tqdm.get_lock(),))
+    with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="fetching", disable=None) as bar:
+        Received.of_all = bar
+        try:
+            begun = {executor.submit(get, path): path for path in paths}
+            for number, done in enumerate(as_completed(begun), start=1):
+                done.result()
+                place = local_path_for_remote(begun[done])
+                if begun[done] in sizes and place.exists():  # a shard may not have been full
+                    bar.total += place.stat().st_size - sizes[begun[done]]
+                bar.set_postfix_str(f"{number} of {len(paths)} files")
+        except Exception:
+            executor.shutdown(wait=True, cancel_futures=True)
+            raise
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)
+            Received.of_all = None
+
+
+def sweep(paths: list[str]) -> None:
+    """Remove what interrupted downloads left beside the places of these files."""
+    for folder in {local_path_for_remote(path).parent for path in paths}:
+        for left in folder.glob(f"{INCOMING}*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < 0:
+            raise ValueError
+        return value
+
+    class BareNumber(argparse.Action):
+        """A number by itself is the one of --train-shards."""
+
+        def __call__(self, parser, namespace, value, option_string=None) -> None:
+            if value is not None:
+                namespace.train_shards = value
+
+    parser = argparse.ArgumentParser(
+        description="Fetch the challenge's FineWeb, already cut into tokens: all validation shards, the first N "
+        "training shards and the tokenizer, into the folder of this file. Run it again to go on, or for more shards."
+    )
+    parser.add_argument("N", nargs="?", type=number, action=BareNumber, help="the same as --train-shards N")
+    parser.add_argument(
+        "--train-shards", type=number, default=80, metavar="N",
+        help="training shards, the first N, of 200 MB each (default %(default)s: 16 GB)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--variant", default="sp1024",
+        help="the tokenizer: sp<N> (default %(default)s), or byte260, which train_gpt_mlx.py cannot use",
+    )  # fmt: skip
+    parser.add_argument("--skip-manifest", action="store_true", help="use the manifest.json that is here, as it is")
+    parser.add_argument(
+        "--with-docs", action="store_true",
+        help="also the documents that the tokens were made of (docs_selected.jsonl, for prepare.py --docs-jsonl)",
+    )  # fmt: skip
+    return parser
+
+
+def select(manifest: dict, variant: str, train_shards: int) -> tuple[dict[str, list[str]], dict]:
+    """The files of a variant, by kind, as names in the repository, and its tokenizer's entry in the manifest.
+
+    Raises ValueError when the manifest does not have it, or not so many training shards.
+    """
+    name = dataset_dir_for_variant(variant)
+    entries = {entry["name"]: entry for entry in manifest.get("datasets", [])}
+    if name not in entries:
+        there = ", ".join(sorted(entries)) or "nothing"
+        raise ValueError(f"--variant {variant}: the manifest has no {name}; it has {there}")
+    if "made_by" in entries[name]:
+        raise ValueError(f"{DATASETS_DIR / name} was built here by {entries[name]['made_by']}: move it away, and its "
+                         f"entry in {manifest_path()}, or build it under another name")  # fmt: skip
+    stats, tokenizer_name = entries[name].get("stats") or {}, entries[name].get("tokenizer_name")
+    counts = {kind: stats.get(f"files_{kind}") for kind in ("val", "train")}
+    tokenizer = next((entry for entry in manifest.get("tokenizers", []) if entry["name"] == tokenizer_name), None)
+    if tokenizer is None or not all(isinstance(count, int) for count in counts.values()):
+        raise ValueError(f"the manifest's entry {name} lacks files_train or files_val, or its tokenizer is not listed")
+    if train_shards > counts["train"]:
+        raise ValueError(f"--train-shards {train_shards}: {name} has {counts['train']}")
+    counts["train"] = train_shards
+    files = {"tokenizer file": [remote(path) for path in artifact_paths_for_tokenizer(tokenizer)]}
+    for kind, count in counts.items():
+        label = "validation shard" if kind == "val" else "training shard"
+        files[label] = [remote(f"datasets/{name}/fineweb_{kind}_{i:06d}.bin") for i in range(count)]
+    return files, tokenizer
+
+
+def complete(files: dict[str, list[str]]) -> str:
+    """What is here and whole, in words."""
+    told = []
+    for kind, paths in files.items():
+        places = [local_path_for_remote(path) for path in paths]
+        there = sum(p.is_file() and not (p.suffix == ".bin" and problem_with_shard(p)) for p in places)
+        told.append(f"{there} of {len(paths)} {kind}{'s' if len(paths) != 1 else ''}")
+    return ", ".join(told)
+
+
+def main() -> None:
+    """Fetch what the command line asks for. Raises ValueError for what it cannot have, FileNotFoundError for a manifest
+    that is not there, and FetchError for what went wrong on the way."""
+    args = build_parser().parse_args()
+    name = dataset_dir_for_variant(args.variant)
+    if args.variant == "byte260":
+        print("byte260 has no SentencePiece tokenizer: train_gpt_mlx.py cannot train on it", flush=True)
+    quiet_client()
+    size_on_hub(remote("manifest.json"))  # the client would try for 23 seconds before it says that there is no hub
+    sweep([remote("manifest.json")])
+    files, tokenizer = select(load_manifest(skip_manifest_download=args.skip_manifest), args.variant, args.train_shards)
+    if args.with_docs:
+        files["document file"] = [remote("docs_selected.jsonl"), remote("docs_selected.source_manifest.json")]
+    paths = [path for group in files.values() for path in group]
+    sweep(paths)
+    try:
+        fetch(paths, sizes_to_fetch(paths))
+    except FetchError as error:
+        raise FetchError(f"{error}; here and whole: {complete(files)}") from None
+    except KeyboardInterrupt:
+        sweep(paths)
+        raise KeyboardInterrupt(f"here and whole: {complete(files)}") from None
+    print(f"{shown(DATASETS_DIR / name)}: {complete(files)}")
+    model = tokenizer.get("model_path", "")
+    if model.endswith(".model"):
+        place = {"DATA_PATH": shown(DATASETS_DIR / name), "TOKENIZER_PATH": shown(local_path_for_remote(remote(model))),
+                 "VOCAB_SIZE": args.variant.removeprefix("sp")}
+        settings = "".join(f"{key}={value} " for key, value in place.items()) if args.variant != "sp1024" else ""
+        print(f"train on it with:\n  {settings}{shown(Path(sys.executable))} {shown(ROOT.parent / 'train_gpt_mlx.py')}")
+
+
+def quiet_client() -> None:
+    """Have the hub's client leave telling what went wrong to this file."""
+    try:
+        from huggingface_hub.utils import logging
+    except ImportError:
+        return
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", module="huggingface_hub")
+
+
+def shown(path: Path) -> str:
+    """The path relative to the current folder where it lies in it, for commands to copy."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def command_line() -> int:
+    """Exit status: 0 when all is here, 1 when something does not come, 2 for what the user can mend, 130 when
+    interrupted. Each is told in one line."""
+    try:
+        main()
+    except KeyboardInterrupt as interruption:
+        text = f"{interruption}" or "nothing new is here"
+        print(f"interrupted; {text}; run the same command again to go on", file=sys.stderr)
+        return 130
+    except FetchError as error:
+        print(f"error: {error}; run the same command again to go on", file=sys.stderr)
+        return 1
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    status = command_line()
+    sys.stdout.flush()
+    os._exit(status)  # and not sys.exit, which would wait for downloads that were interrupted
