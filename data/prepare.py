@@ -2,20 +2,26 @@
 """Make a data set for train_gpt_mlx.py from text: a SentencePiece tokenizer, and shards of its tokens.
 
 Without arguments the text is the source code of Python's own standard library, which every machine has:
-about 12 MB, 4.4 million tokens, nothing downloaded. `--text` takes files and folders of your own.
+about 12 MB, 4.4 million tokens, nothing downloaded. `--text` takes files and folders of your own, `--docs-jsonl` files
+of one JSON object a line, as the challenge publishes its documents.
 
 The recipe is the challenge's: BPE with byte fallback, split digits and nmt_nfkc normalization (which folds
-whitespace, so bits per byte are over the normalized text). One file is one document; a document's tokens follow
-a begin-of-document token. Documents are shuffled by a fixed rule; the first are for validation, the rest for
-training. The same text, settings and SentencePiece version give the same bytes.
+whitespace, so bits per byte are over the normalized text). A document's tokens follow a begin-of-document token. The
+first documents are for validation, the rest for training. The same text, settings and SentencePiece version give the
+same bytes, on however many cores.
+
+Text streams through in batches, so memory does not grow with it: a reader, worker processes that parse and encode, and
+a writer that takes their results in the order of the text.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import platform
 import re
@@ -23,11 +29,25 @@ import shutil
 import signal
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable
+import threading
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 
-import numpy as np
-import sentencepiece as spm
+try:
+    import numpy as np
+    import sentencepiece as spm
+    from tqdm import tqdm
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"error: {error.name} is not installed: pip install -r requirements.txt")
 
 ROOT = Path(__file__).resolve().parent  # the data folder: datasets/, tokenizers/ and manifest.json live in it
 SHARD_HEADER_INTS = 256  # little-endian int32: magic, version, token count, then zeros
@@ -35,14 +55,17 @@ SHARD_MAGIC, SHARD_VERSION = 20240520, 1
 NOT_LIBRARY_TEXT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 MADE_BY = "data/prepare.py"
 SHUFFLE_SEED = "1337"
+BATCH_BYTES = 1_000_000  # of input that a worker takes at once
+TOKENIZER_TEXT_BYTES = 100_000_000  # most text to train a tokenizer on, which takes ten times as much memory
+BAD_ONES_TOLD = 5
 
 
 class InputError(ValueError):
     """Something the user gave cannot be used. The message says what, where and what to do."""
 
 
-class WriteError(Exception):
-    """A file cannot be written. The message says which and why; everything is as it was before."""
+class BuildError(Exception):
+    """The disk or a worker failed. The message says how; everything is as it was before."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -55,23 +78,51 @@ def build_parser() -> argparse.ArgumentParser:
         return value
 
     parser = argparse.ArgumentParser(
-        description="Make a data set for train_gpt_mlx.py from text. Without --text: from Python's standard library."
+        description="Make a data set for train_gpt_mlx.py from text. Without --text or --docs-jsonl: from Python's "
+        "standard library."
     )
-    parser.add_argument(
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
         "--text", nargs="+", type=Path, metavar="PATH",
-        help="UTF-8 text files, and folders of them (every file in a folder, but for hidden ones)",
+        help="UTF-8 text files, and folders of them (every file in a folder, but for hidden ones); a file is a "
+        "document, and they are shuffled by a fixed rule",
     )
-    parser.add_argument("--name", help='name of the data set (default "sample", with --text "mytext")')
-    parser.add_argument("--vocab-size", type=positive, default=1024, metavar="N", help="tokens (default %(default)s)")
+    source.add_argument(
+        "--docs-jsonl", nargs="+", type=Path, metavar="FILE",
+        help='files of one JSON object a line, its "text" a document, gzip or not; the order is kept',
+    )
+    parser.add_argument("--name", help='name of the data set (default "mytext", without your own text "sample")')
+    parser.add_argument("--vocab-size", type=positive, metavar="N", help="tokens (default 1024, or the --tokenizer's)")
     parser.add_argument(
+        "--tokenizer", type=Path, metavar="MODEL", help="a SentencePiece model to use, instead of training one"
+    )
+    parser.add_argument(
+        "--tokenizer-train-docs", type=positive, default=20_000, metavar="N",
+        help="train the tokenizer on the first N documents, with --val-docs on the first after those, and on 100 MB of "
+        "them at most (default %(default)s)",
+    )
+    split = parser.add_mutually_exclusive_group()
+    split.add_argument(
         "--val-tokens", type=positive, default=100_000, metavar="N",
         help="about so many validation tokens, in whole documents (default %(default)s)",
     )
+    split.add_argument("--val-docs", type=positive, metavar="N", help="the first N documents are validation")
     parser.add_argument(
         "--shard-tokens", type=positive, default=100_000_000, metavar="N",
         help="tokens in one shard file (default %(default)s)",
     )
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="count lines and files that cannot be used, instead of stopping"
+    )
+    parser.add_argument(
+        "--workers", type=positive, default=cores(), metavar="N", help="processes that encode (default all cores)"
+    )
     return parser
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_settings(name: str, vocab_size: int) -> None:
@@ -82,14 +133,113 @@ def check_settings(name: str, vocab_size: int) -> None:
         raise InputError(f"--vocab-size {vocab_size}: shards store tokens in 16 bits, so 65536 is the most")
 
 
-def standard_library_files() -> dict[str, Path]:
+# ---------------------------------------------------------------------------------------------------------------------
+# Where documents come from. A source gives records, bytes that hold one document each; `parse` makes text of one. So
+# the reader has little to do, and the workers share the parsing.
+
+
+@dataclass
+class Source:
+    """Files of documents: one a file, or, of kind "jsonl", one a line."""
+
+    kind: str  # "text" or "jsonl"
+    description: str
+    files: dict[str, Path]  # by names that do not depend on where they lie, in the order of reading
+    digests: dict[str, str] = field(default_factory=dict)  # sha256 of each, once it has been read to its end
+
+    def records(self, task: str) -> Iterator[tuple[str, bytes]]:
+        """Where a record comes from (file, or file and line number) and its bytes; with a bar of progress.
+
+        Raises InputError for a file that cannot be read.
+        """
+        total = sum(path.stat().st_size for path in self.files.values() if path.exists())
+        with tqdm(total=total, desc=task, unit="B", unit_scale=True, disable=None) as bar:
+            for name, path in self.files.items():
+                try:
+                    if self.kind == "text":
+                        data = path.read_bytes()
+                        self.digests[name] = hashlib.sha256(data).hexdigest()
+                        bar.update(len(data))
+                        yield str(path), data
+                    else:
+                        yield from self.lines(name, path, bar)
+                except OSError as error:
+                    raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+    def lines(self, name: str, path: Path, bar: tqdm) -> Iterator[tuple[str, bytes]]:
+        """The lines of a file that are not blank, unpacked if it is gzip, by path and number."""
+        with path.open("rb", buffering=0) as raw:
+            watched = Watched(raw, bar)
+            buffered = io.BufferedReader(watched, 1 << 20)
+            is_gzip = buffered.peek(2)[:2] == b"\x1f\x8b"
+            try:
+                for number, line in enumerate(gzip.GzipFile(fileobj=buffered) if is_gzip else buffered, start=1):
+                    if not line.isspace():
+                        yield f"{path}:{number}", line.rstrip(b"\r\n")
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise InputError(f"{path}: damaged gzip data: {error}") from None
+            self.digests[name] = watched.digest.hexdigest()
+
+    def fingerprint(self) -> dict:
+        """What was read, to be recognized: a file's sha256, or, of several, that of the list that sha256sum prints of
+        them in the order of their names."""
+        if len(self.digests) == 1:
+            ((name, digest),) = self.digests.items()
+            return {"file": name, "sha256": digest}
+        listed = "".join(f"{self.digests[name]}  {name}\n" for name in sorted(self.digests))
+        return {"files": len(self.digests), "sha256": hashlib.sha256(listed.encode()).hexdigest()}
+
+
+class Watched(io.RawIOBase):
+    """A file whose bytes are hashed, and shown in the bar of progress, as they are read."""
+
+    def __init__(self, raw: io.RawIOBase, bar: tqdm) -> None:
+        self.raw, self.bar, self.digest = raw, bar, hashlib.sha256()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        count = self.raw.readinto(buffer)
+        self.digest.update(memoryview(buffer)[:count])
+        self.bar.update(count)
+        return count
+
+
+def parse(kind: str, record: bytes) -> str:
+    """A record's text. Raises ValueError, saying what is wrong with it."""
+    if kind == "text":
+        try:
+            text = record.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"not UTF-8 text ({error.reason} at byte {error.start})") from None
+        return text.replace("\r\n", "\n").replace("\r", "\n")
+    try:
+        document = json.loads(record.decode("utf-8-sig"))
+        text = document.get("text") if isinstance(document, dict) else None
+        if not isinstance(text, str):
+            raise ValueError('not a JSON object with a string "text"')
+        text.encode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except UnicodeEncodeError:
+        raise ValueError('"text" has half a surrogate pair in it') from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg}: character {error.pos})") from None
+    except RecursionError:
+        raise ValueError("not JSON that can be read (too deep)") from None
+    return text
+
+
+def library_source() -> Source:
     """The running interpreter's own .py files by relative name, without tests and installed packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
-    return {name: path for name, path in files.items() if not NOT_LIBRARY_TEXT & set(Path(name).parts)}
+    files = {name: path for name, path in files.items() if not NOT_LIBRARY_TEXT & set(Path(name).parts)}
+    return Source("text", f"standard library of Python {platform.python_version()}", shuffled(files))
 
 
-def text_files(paths: Iterable[Path]) -> dict[str, Path]:
+def text_source(paths: Iterable[Path]) -> Source:
     """The files under the user's paths, by a name that does not depend on where the path lies."""
     files: dict[str, Path] = {}
     for number, path in enumerate(paths):
@@ -105,104 +255,341 @@ def text_files(paths: Iterable[Path]) -> dict[str, Path]:
             raise InputError(f"--text {path}: no such file or folder")
         for name, file in names.items():
             files[name if name not in files else f"{number}/{name}"] = file
-    return files
+    return Source("text", "--text", shuffled(files))
 
 
-def read_documents(files: dict[str, Path]) -> list[str]:
-    """The files' texts, blank ones left out, in the order of a hash of seed and name.
+def shuffled(files: dict[str, Path]) -> dict[str, Path]:
+    """The files in the order of a hash of seed and name.
 
     That order is as good as random, the same on every machine, and keeps when a file is added or edited.
-    Raises InputError, naming the file, for one that cannot be read or is not UTF-8.
     """
-    documents = []
-    for name in sorted(files, key=lambda name: hashlib.sha256((SHUFFLE_SEED + name).encode()).digest()):
-        try:
-            text = files[name].read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{files[name]}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-        except OSError as error:
-            raise InputError(f"{files[name]}: cannot be read ({error.strerror})") from None
-        if text.strip():
-            documents.append(text)
-    if not documents:
-        raise InputError("the text is empty: none of its files has anything but white space in it")
-    return documents
+    order = sorted(files, key=lambda name: hashlib.sha256((SHUFFLE_SEED + name).encode()).digest())
+    return {name: files[name] for name in order}
 
 
-def train_tokenizer(documents: list[str], vocab_size: int) -> bytes:
+def jsonl_source(paths: Iterable[Path]) -> Source:
+    """The user's files of one JSON object a line, in the order given."""
+    files: dict[str, Path] = {}
+    for number, path in enumerate(paths):
+        if not path.is_file():
+            raise InputError(f"--docs-jsonl {path}: {'is a folder' if path.is_dir() else 'no such file'}")
+        files[path.name if path.name not in files else f"{number}/{path.name}"] = path
+    return Source("jsonl", "--docs-jsonl", files)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tokenizer, and documents to tokens.
+
+
+def train_tokenizer(source: Source, args: argparse.Namespace, say: Callable[[str], None]) -> bytes:
     """A SentencePiece model, serialized, with the challenge's recipe. Raises InputError for too little text.
 
     It is trained on lines: SentencePiece skips "sentences" of more than 4,192 bytes, so most whole documents.
     """
-    lines = (line for document in documents for line in document.splitlines() if line.strip())
+    documents = num_bytes = 0
+    stopped: list[BaseException] = []  # SentencePiece makes its own error of what ends the iterator
+
+    def lines() -> Iterator[str]:
+        nonlocal documents, num_bytes
+        try:
+            skip = args.val_docs or 0
+            for text in texts(source, args.skip_bad):
+                if skip > 0:
+                    skip -= 1
+                    continue
+                documents, num_bytes = documents + 1, num_bytes + len(text.encode("utf-8"))
+                yield from (line for line in text.splitlines() if line.strip())
+                if documents == args.tokenizer_train_docs or num_bytes >= TOKENIZER_TEXT_BYTES:
+                    return
+            if documents == 0:
+                few = f"--val-docs {args.val_docs}: the text has no more documents, which leaves none to train on"
+                raise InputError(few if args.val_docs and skip < args.val_docs else NO_TEXT)
+        except BaseException as error:
+            stopped.append(error)
+            raise
+
     model = io.BytesIO()
     try:
         spm.SentencePieceTrainer.train(
-            sentence_iterator=lines, model_writer=model, model_type="bpe", vocab_size=vocab_size,
+            sentence_iterator=lines(), model_writer=model, model_type="bpe", vocab_size=args.vocab_size,
             character_coverage=0.999, byte_fallback=True, split_digits=True, add_dummy_prefix=False,
             normalization_rule_name="nmt_nfkc", hard_vocab_limit=False,
             pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        raise InputError(f"--vocab-size {vocab_size}: SentencePiece cannot train on this text ({error})") from None
+        if stopped:
+            raise stopped[0] from None
+        raise InputError(f"--vocab-size {args.vocab_size}: SentencePiece cannot train on this text ({error})") from None
     pieces = spm.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
-    if pieces != vocab_size:  # without the hard limit, a small text silently gives fewer
+    if pieces != args.vocab_size:  # without the hard limit, a small text silently gives fewer
         raise InputError(
-            f"--vocab-size {vocab_size}: this text yields only {pieces} pieces: ask for at most that, or give more text"
+            f"--vocab-size {args.vocab_size}: this text yields only {pieces} pieces: ask for at most that, "
+            "or give more text"
         )
+    say(f"tokenizer: {pieces} pieces, trained on {documents} documents, {num_bytes:,} bytes")
     return model.getvalue()
 
 
-def encode(model: bytes, documents: list[str]) -> list[np.ndarray]:
-    """Each document's tokens, uint16, after the begin-of-document token; there is no end-of-document token."""
-    tokenizer = spm.SentencePieceProcessor(model_proto=model)
-    bos = [tokenizer.bos_id()]
-    return [np.array(bos + ids, dtype="<u2") for ids in tokenizer.encode(documents, out_type=int)]
+NO_TEXT = "the text is empty: there is nothing but white space in it"
 
 
-def split(encoded: list[np.ndarray], val_tokens: int) -> int:
-    """How many documents, from the first on, are validation: those that come closest to val_tokens tokens.
-
-    Raises InputError when that leaves nothing to train on.
-    """
-    totals = np.cumsum([len(document) for document in encoded])
-    count = int(np.argmin(np.abs(totals - val_tokens))) + 1
-    if count < len(encoded):
-        return count
-    if len(encoded) == 1:
-        raise InputError("one file is one document, and it cannot be both validation and training text: give several")
-    raise InputError(
-        f"--val-tokens {val_tokens}: the text's {len(encoded)} documents have {totals[-1]} tokens, which leaves none "
-        "to train on: give more text, or a smaller number"
-    )
+def texts(source: Source, skip_bad: bool) -> Iterator[str]:
+    """The documents' texts, without blank ones. Raises InputError for a bad one, unless those are skipped."""
+    for place, record in source.records("reading for the tokenizer"):
+        try:
+            text = parse(source.kind, record)
+        except ValueError as error:
+            if not skip_bad:
+                raise InputError(f"{place}: {error}") from None
+        else:
+            if text.strip():
+                yield text
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file, and its folder, as far as the disk: a rename after this cannot show a part of it.
-
-    An OSError names the file; by itself that of a failed write does not.
+def read_tokenizer(path: Path, wanted: int | None) -> bytes:
+    """A SentencePiece model of the user's, with the number of pieces that is wanted, if one is. Raises InputError for
+    what is none, or none that data can be made with.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        model = path.read_bytes()
+        tokenizer = spm.SentencePieceProcessor(model_proto=model)
+        vocab_size, bos = tokenizer.vocab_size(), tokenizer.bos_id()
+    except OSError as error:
+        raise InputError(f"--tokenizer {path}: cannot be read ({error.strerror})") from None
+    except RuntimeError:
+        vocab_size = 0
+    if vocab_size == 0:  # an empty file is no error to SentencePiece
+        raise InputError(f"--tokenizer {path}: not a SentencePiece model")
+    if bos < 0 or vocab_size > 65_536:
+        raise InputError(f"--tokenizer {path}: {vocab_size} pieces, {'with' if bos >= 0 else 'without'} one to begin a "
+                         "document (bos): it must have that, and at most 65536")  # fmt: skip
+    if wanted not in (None, vocab_size):
+        raise InputError(f"--vocab-size {wanted}: --tokenizer {path} has {vocab_size} pieces")
+    return model
+
+
+@dataclass
+class Encoded:
+    """A batch of documents as tokens."""
+
+    tokens: np.ndarray  # (tokens,) uint16: each document's, after the begin-of-document token; no end-of-document token
+    lengths: list[int]  # tokens of each document
+    num_bytes: int  # of the documents' text in UTF-8
+    blank: int  # records that are nothing but white space
+    bad: list[tuple[int, str]]  # position in the batch, and what is wrong with it
+
+
+def encode_batch(tokenizer: spm.SentencePieceProcessor, kind: str, records: list[bytes]) -> Encoded:
+    """Parse and encode the records of a source of that kind."""
+    documents, bad, blank = [], [], 0
+    for position, record in enumerate(records):
+        try:
+            text = parse(kind, record)
+        except ValueError as error:
+            bad.append((position, str(error)))
+            continue
+        if text.strip():
+            documents.append(text)
+        else:
+            blank += 1
+    to_ids = getattr(tokenizer, "encode_as_numpy", tokenizer.encode_as_ids)  # a tenth faster, where there is that
+    encoded = to_ids(documents, num_threads=1) if documents else []
+    lengths = [1 + len(ids) for ids in encoded]
+    tokens, end = np.full(sum(lengths), tokenizer.bos_id(), dtype="<u2"), 0
+    for ids in encoded:
+        tokens[end + 1 : end + 1 + len(ids)] = ids
+        end += 1 + len(ids)
+    return Encoded(tokens, lengths, sum(len(text.encode("utf-8")) for text in documents), blank, bad)
+
+
+def start_worker(model: bytes) -> None:
+    """Prepare a worker process: it leaves Ctrl-C to the main one, and ends when that is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    start_worker.tokenizer = spm.SentencePieceProcessor(model_proto=model)
+
+
+def encode_in_worker(kind: str, records: list[bytes]) -> Encoded:
+    return encode_batch(start_worker.tokenizer, kind, records)
+
+
+def encode(source: Source, model: bytes, workers: int) -> Iterator[tuple[list[str], Encoded]]:
+    """The source's batches in order, each with its records' places. A text of one batch needs no processes.
+
+    At most two batches a worker are on the way, so a slow writer holds up the reader. Raises BuildError when a worker
+    dies.
+    """
+    todo = batches(source)
+    first = list(islice(todo, 2))
+    if workers == 1 or len(first) < 2:
+        tokenizer = spm.SentencePieceProcessor(model_proto=model)
+        for places, records in chain(first, todo):
+            yield places, encode_batch(tokenizer, source.kind, records)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would copy the threads of whoever imports this
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(model,))
+    try:
+        waiting: deque = deque()
+        for places, records in chain(first, todo):
+            waiting.append((places, pool.submit(encode_in_worker, source.kind, records)))
+            if len(waiting) > 2 * workers:
+                places, result = waiting.popleft()
+                yield places, result.result()
+        while waiting:
+            places, result = waiting.popleft()
+            yield places, result.result()
+    except BrokenProcessPool:
+        raise BuildError("a worker process was killed; is there enough memory? --workers takes fewer") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def batches(source: Source) -> Iterator[tuple[list[str], list[bytes]]]:
+    """The source's records with their places, some BATCH_BYTES together."""
+    places, records, size = [], [], 0
+    for place, record in source.records("encoding"):
+        places.append(place)
+        records.append(record)
+        size += len(record)
+        if size >= BATCH_BYTES:
+            yield places, records
+            places, records, size = [], [], 0
+    if records:
+        yield places, records
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens to shards.
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError names the file; by itself that of a failed write does not."""
+    try:
+        yield
     except OSError as error:
         error.filename = error.filename or path
         raise
 
 
-def write_shards(folder: Path, kind: str, encoded: list[np.ndarray], shard_tokens: int) -> int:
-    """Write folder/fineweb_{kind}_000000.bin and so on, of at most shard_tokens tokens; returns how many."""
-    tokens = np.concatenate(encoded)
-    starts = range(0, len(tokens), shard_tokens)
-    for number, start in enumerate(starts):
-        part = tokens[start : start + shard_tokens]
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file, and its folder, as far as the disk: a rename after this cannot show a part of it."""
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class ShardWriter:
+    """Writes folder/fineweb_{kind}_000000.bin and so on, of at most shard_tokens tokens, as they come."""
+
+    def __init__(self, folder: Path, kind: str, shard_tokens: int) -> None:
+        self.folder, self.kind, self.shard_tokens = folder, kind, shard_tokens
+        self.files = self.tokens = self.documents = 0
+        self.file: io.BufferedWriter | None = None  # the shard that is not full
+        self.in_file = 0
+
+    @property
+    def path(self) -> Path:
+        return self.folder / f"fineweb_{self.kind}_{self.files - 1:06d}.bin"
+
+    def write(self, tokens: np.ndarray, documents: int) -> None:
+        """Add the (tokens,) uint16 of so many documents."""
+        self.documents += documents
+        self.tokens += len(tokens)
+        while len(tokens) > 0:
+            if self.file is None:
+                self.files, self.in_file = self.files + 1, 0
+                with naming(self.path):
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    self.file = self.path.open("wb")
+                    self.file.write(bytes(4 * SHARD_HEADER_INTS))
+            part, tokens = np.split(tokens, [self.shard_tokens - self.in_file])
+            with naming(self.path):
+                self.file.write(part.tobytes())
+            self.in_file += len(part)
+            if self.in_file == self.shard_tokens:
+                self.finish()
+
+    def finish(self) -> None:
+        """Complete the last shard: now the number of its tokens is known."""
+        if self.file is None:
+            return
         header = np.zeros(SHARD_HEADER_INTS, dtype="<i4")
-        header[:3] = SHARD_MAGIC, SHARD_VERSION, len(part)
-        write_file(folder / f"fineweb_{kind}_{number:06d}.bin", header.tobytes() + part.tobytes())
-    return len(starts)
+        header[:3] = SHARD_MAGIC, SHARD_VERSION, self.in_file
+        with naming(self.path), self.file as file:
+            file.seek(0)
+            file.write(header.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        self.file = None
+
+
+def to_validation(lengths: list[int], val: ShardWriter, args: argparse.Namespace) -> int:
+    """How many of the next documents, of so many tokens each, are still for validation.
+
+    The first --val-docs are, or those that come closest to --val-tokens, but at least one.
+    """
+    if args.val_docs:
+        return max(min(args.val_docs - val.documents, len(lengths)), 0)
+    count, total = 0, val.tokens
+    for length in lengths:
+        if val.documents + count > 0 and abs(total + length - args.val_tokens) >= abs(total - args.val_tokens):
+            break
+        count, total = count + 1, total + length
+    return count
+
+
+def write_shards(
+    source: Source, model: bytes, folder: Path, args: argparse.Namespace, say: Callable[[str], None]
+) -> dict[str, int]:
+    """Encode the source into shards in the folder; returns the manifest's counts.
+
+    Raises InputError for a bad record, unless those are skipped, and when there is nothing to train on.
+    """
+    val, train = (ShardWriter(folder, kind, args.shard_tokens) for kind in ("val", "train"))
+    num_bytes = blank = bad = 0
+    with closing(encode(source, model, args.workers)) as results:
+        for places, batch in results:
+            for position, reason in batch.bad:
+                if not args.skip_bad:
+                    raise InputError(f"{places[position]}: {reason}")
+                if bad < BAD_ONES_TOLD:
+                    say(f"skipped {places[position]}: {reason}")
+                bad += 1
+            num_bytes, blank = num_bytes + batch.num_bytes, blank + batch.blank
+            count = to_validation(batch.lengths, val, args) if train.documents == 0 else 0
+            boundary = sum(batch.lengths[:count])
+            val.write(batch.tokens[:boundary], count)
+            if count < len(batch.lengths):
+                val.finish()
+            train.write(batch.tokens[boundary:], len(batch.lengths) - count)
+    train.finish()
+    if train.documents == 0:
+        raise InputError(nothing_to_train_on(source, val, args))
+    counts = {"documents": val.documents + train.documents, "bytes": num_bytes, "blank": blank, "bad": bad}
+    for writer in (train, val):
+        counts |= {f"files_{writer.kind}": writer.files, f"documents_{writer.kind}": writer.documents,
+                   f"tokens_{writer.kind}": writer.tokens}  # fmt: skip
+    return counts
+
+
+def nothing_to_train_on(source: Source, val: ShardWriter, args: argparse.Namespace) -> str:
+    """What to tell the user when all documents went to validation."""
+    if val.documents == 0:
+        return NO_TEXT
+    if source.kind == "text" and val.documents == 1:
+        return "one file is one document, and it cannot be both validation and training text: give several"
+    setting = f"--val-docs {args.val_docs}" if args.val_docs else f"--val-tokens {args.val_tokens}"
+    return (f"{setting}: the text's {val.documents} documents have {val.tokens} tokens, which leaves none to train on: "
+            "give more text, or a smaller number")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Into the data folder.
 
 
 def read_manifest(path: Path) -> dict:
@@ -274,9 +661,11 @@ def move_into_place(staging: Path, shards: str, files: Iterable[str]) -> None:
 def prepare(args: argparse.Namespace, say: Callable[[str], None] = print) -> None:
     """Build the data set that the command line asks for.
 
-    Raises InputError for what the user can mend, and WriteError for a full disk and the like.
+    Raises InputError for what the user can mend, and BuildError for a full disk and the like.
     """
-    name = args.name if args.name is not None else "mytext" if args.text else "sample"
+    model = read_tokenizer(args.tokenizer, args.vocab_size) if args.tokenizer else None
+    args.vocab_size = spm.SentencePieceProcessor(model_proto=model).vocab_size() if model else args.vocab_size or 1024
+    name = args.name if args.name is not None else "mytext" if args.text or args.docs_jsonl else "sample"
     check_settings(name, args.vocab_size)
     dataset_name, tokenizer_name = f"{name}_sp{args.vocab_size}", f"{name}_{args.vocab_size}_bpe"
     listed = read_manifest(ROOT / "manifest.json").get("datasets", [])
@@ -284,42 +673,48 @@ def prepare(args: argparse.Namespace, say: Callable[[str], None] = print) -> Non
     if (ROOT / "datasets" / dataset_name).exists() and not made_here:
         raise InputError(f"--name {name}: {ROOT / 'datasets' / dataset_name} is not this tool's; choose another name")
 
-    documents = read_documents(text_files(args.text) if args.text else standard_library_files())
-    num_bytes = sum(len(document.encode("utf-8")) for document in documents)
-    say(f"text: {len(documents)} documents, {num_bytes:,} bytes")
-    model = train_tokenizer(documents, args.vocab_size)
-    say(f"tokenizer: {args.vocab_size} pieces")
-    encoded = encode(model, documents)
-    num_val = split(encoded, args.val_tokens)
-    parts = {"train": encoded[num_val:], "val": encoded[:num_val]}
-
+    if args.docs_jsonl:
+        source = jsonl_source(args.docs_jsonl)
+    else:
+        source = text_source(args.text) if args.text else library_source()
+    model = model or train_tokenizer(source, args, say)
     staging = ROOT / f".prepare_{dataset_name}"
     shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
     try:
         tokenizer = {"name": tokenizer_name, "model_path": f"tokenizers/{tokenizer_name}.model"}
         write_file(staging / "new" / tokenizer["model_path"], model)
-        stats = {"documents": len(documents), "bytes": num_bytes}
-        for kind, part in parts.items():
-            folder = staging / "new" / "datasets" / dataset_name
-            stats[f"files_{kind}"] = write_shards(folder, kind, part, args.shard_tokens)
-            stats[f"tokens_{kind}"] = sum(len(document) for document in part)
-        source = "--text" if args.text else f"standard library of Python {platform.python_version()}"
-        dataset = {"name": dataset_name, "tokenizer_name": tokenizer_name, "made_by": MADE_BY, "source": source,
-                   "stats": stats}
+        stats = write_shards(source, model, staging / "new" / "datasets" / dataset_name, args, say)
+        dataset = {"name": dataset_name, "tokenizer_name": tokenizer_name, "made_by": MADE_BY,
+                   "source": source.description, "input": source.fingerprint(), "settings": settings(args, model),
+                   "stats": stats}  # fmt: skip
         install(staging, dataset, tokenizer)
     except OSError as error:
         place = Path(error.filename or ROOT)
         if place.is_relative_to(staging):  # the user knows it by the name that it was to have
             place = ROOT.joinpath(*place.relative_to(staging).parts[1:])
-        raise WriteError(f"{place}: cannot be written: {error.strerror}; what was there before still is") from None
+        raise BuildError(f"{place}: cannot be written: {error.strerror}; what was there before still is") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
-    for kind, part in parts.items():
-        say(f"{kind}: {len(part)} documents, {stats[f'tokens_{kind}']:,} tokens, {stats[f'files_{kind}']} shard(s)")
+    left_out = "".join(f", {stats[kind]} {kind} left out" for kind in ("blank", "bad") if stats[kind])
+    say(f"text: {stats['documents']} documents, {stats['bytes']:,} bytes{left_out}")
+    for kind in ("train", "val"):
+        say(f"{kind}: {stats[f'documents_{kind}']} documents, {stats[f'tokens_{kind}']:,} tokens, "
+            f"{stats[f'files_{kind}']} shard(s)")
     say("train on it with (default settings suit a GPU; for a CPU, add the small ones of the README's first command):")
     say(f"  DATA_PATH={shown(ROOT / 'datasets' / dataset_name)} TOKENIZER_PATH={shown(ROOT / tokenizer['model_path'])} "
         f"VOCAB_SIZE={args.vocab_size} {shown(Path(sys.executable))} train_gpt_mlx.py")
+
+
+def settings(args: argparse.Namespace, model: bytes) -> dict:
+    """What the manifest records, to build the data set again from the same text."""
+    found = {"val_docs": args.val_docs} if args.val_docs else {"val_tokens": args.val_tokens}
+    found |= {"vocab_size": args.vocab_size, "shard_tokens": args.shard_tokens, "skip_bad": args.skip_bad}
+    if args.tokenizer:
+        found["tokenizer"] = args.tokenizer.name
+    else:
+        found["tokenizer_train_docs"] = args.tokenizer_train_docs
+    return found | {"tokenizer_sha256": hashlib.sha256(model).hexdigest(), "sentencepiece": spm.__version__}
 
 
 def shown(path: Path) -> str:
@@ -336,7 +731,7 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except WriteError as error:
+    except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -12,6 +12,7 @@ import mlx.core as mx
 import pytest
 import sentencepiece as spm
 
+import prepare
 import train_gpt_mlx as tg
 from helpers import learnable_tokens, write_shard
 from runs import Outcome, Process, Start, command, environment
@@ -108,3 +109,10 @@ def small_disk(tmp_path):
         pytest.skip(f"cannot mount a small disk: {done.stderr.strip() if done else 'no mount command'}")
     yield path
     subprocess.run(["umount", str(path)], check=True)
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch) -> Path:
+    """A data folder for the tool to write to."""
+    monkeypatch.setattr(prepare, "ROOT", tmp_path / "data")
+    return tmp_path / "data"

@@ -21,6 +21,11 @@ needs_compiler = pytest.mark.skipif(
     reason="MLX compiles nothing on a Linux CPU without g++",
 )
 
+WORDS = [
+    "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi",
+    "omicron", "pi", "rho", "sigma", "tau",
+]  # fmt: skip
+
 
 def learnable_tokens(count: int, vocab: int, salt: int) -> np.ndarray:
     """`count` ids below `vocab`; three in four follow from the one before, so that a model can learn them.
@@ -91,3 +96,26 @@ def stir(model: tg.GPT, seed: int = 0) -> None:
 def to_numpy(array: mx.array) -> np.ndarray:
     """float64 copy of an MLX array of any floating dtype."""
     return np.array(array.astype(mx.float32)).astype(np.float64)
+
+
+def tokens_of(root: Path, kind: str, name: str = "mytext_sp300") -> np.ndarray:
+    """All tokens of a data set in a data folder."""
+    files = sorted((root / "datasets" / name).glob(f"fineweb_{kind}_*.bin"))
+    return np.concatenate([tg.load_data_shard(path) for path in files])
+
+
+def snapshot(root: Path) -> dict[str, bytes]:
+    """Every file in a folder, by its name in it."""
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def one_line_error(capsys, *parts: str) -> None:
+    """That a tool has printed nothing but a line of error with those parts in it to stderr."""
+    check_one_line_error(capsys.readouterr().err, *parts)
+
+
+def check_one_line_error(err: str, *parts: str) -> None:
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    for part in parts:
+        assert part in err

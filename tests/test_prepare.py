@@ -22,12 +22,7 @@ import sentencepiece as spm
 import prepare
 import train_gpt_mlx as tg
 from conftest import PAIRS
-from helpers import REPO
-
-WORDS = [
-    "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi",
-    "omicron", "pi", "rho", "sigma", "tau",
-]  # fmt: skip
+from helpers import REPO, WORDS, one_line_error, snapshot, tokens_of
 
 
 def write_texts(folder: Path, count: int = 12) -> Path:
@@ -42,27 +37,11 @@ def write_texts(folder: Path, count: int = 12) -> Path:
     return folder
 
 
-@pytest.fixture
-def root(tmp_path, monkeypatch) -> Path:
-    """A data folder for the tool to write to."""
-    monkeypatch.setattr(prepare, "ROOT", tmp_path / "data")
-    return tmp_path / "data"
-
-
 SMALL = ("--vocab-size", "300", "--val-tokens", "200")
 
 
 def build(texts: Path, *arguments: str) -> int:
     return prepare.main(["--text", str(texts), *SMALL, *arguments])
-
-
-def tokens_of(root: Path, kind: str, name: str = "mytext_sp300") -> np.ndarray:
-    files = sorted((root / "datasets" / name).glob(f"fineweb_{kind}_*.bin"))
-    return np.concatenate([tg.load_data_shard(path) for path in files])
-
-
-def snapshot(root: Path) -> dict[str, bytes]:
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
 def test_shards_hold_the_documents_in_order(root, tmp_path):
@@ -116,9 +95,10 @@ def test_running_again_gives_the_same_bytes_and_leaves_nothing_else(root, tmp_pa
 
 def test_order_is_kept_when_a_file_is_added(tmp_path):
     texts = write_texts(tmp_path / "texts")
-    before = prepare.read_documents(prepare.text_files([texts]))
+    before = list(prepare.texts(prepare.text_source([texts]), skip_bad=False))
     (texts / "new.txt").write_text("something new")
-    after = prepare.read_documents(prepare.text_files([texts]))
+    after = list(prepare.texts(prepare.text_source([texts]), skip_bad=False))
+    assert len(before) == 12
     assert [document for document in after if document != "something new"] == before
 
 
@@ -164,7 +144,7 @@ def test_manifest_entry_suits_the_training_script_and_spares_others(root, tmp_pa
 
 def test_files_of_the_same_name_and_single_files(root, tmp_path):
     a, b = write_texts(tmp_path / "a"), write_texts(tmp_path / "b")
-    files = prepare.text_files([a, b, a / "text_1.txt"])
+    files = prepare.text_source([a, b, a / "text_1.txt"]).files
     assert len(files) == 13 + 13 + 1
     assert len(set(files.values())) == 26
     assert not any(".hidden" in name for name in files)
@@ -180,17 +160,6 @@ def test_name_and_default_name(root, tmp_path):
 def test_name_that_is_no_folder_name(root, tmp_path, capsys, name):
     assert build(write_texts(tmp_path / "texts"), f"--name={name}") == 2
     one_line_error(capsys, "--name")
-
-
-def one_line_error(capsys, *parts: str) -> None:
-    check_one_line_error(capsys.readouterr().err, *parts)
-
-
-def check_one_line_error(err: str, *parts: str) -> None:
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    for part in parts:
-        assert part in err
 
 
 def test_unusable_texts_are_told_in_one_line_and_nothing_is_lost(root, tmp_path, capsys):
@@ -233,7 +202,7 @@ def test_unreadable_file(root, tmp_path, capsys, monkeypatch):
         raise PermissionError(13, "Permission denied", str(self))
 
     texts = write_texts(tmp_path / "texts")
-    monkeypatch.setattr(Path, "read_text", refuse)  # taking the permission away would not stop the superuser
+    monkeypatch.setattr(Path, "read_bytes", refuse)  # taking the permission away would not stop the superuser
     assert build(texts) == 2
     one_line_error(capsys, ".txt", "cannot be read (Permission denied)")
 
@@ -422,7 +391,8 @@ def test_a_full_disk_is_told_in_one_line_and_nothing_is_lost(small_disk, tmp_pat
     monkeypatch.setattr(prepare, "ROOT", root)
     shutil.copytree(tmp_path / "old", root)
     block = os.statvfs(small_disk).f_bsize
-    in_order = [MODEL, *sorted(name for name in new if name.startswith("datasets/")), "manifest.json"]
+    shards = sorted((name for name in new if name.startswith("datasets/")), key=lambda name: ("val" not in name, name))
+    in_order = [MODEL, *shards, "manifest.json"]
     sizes = [(name, len(new[name])) for name in in_order]
     sizes += [(name, len(old[name])) for name in (MODEL, "manifest.json")]  # the copies, to be put back
     room = 0
@@ -505,7 +475,7 @@ class TestSample:
         assert tg.validate_dataset_tokenizer_pair(*pair) == ("sample_sp1024", 1, 1)
 
     def test_text_is_the_standard_library_without_tests_and_packages(self):
-        files = prepare.standard_library_files()
+        files = prepare.library_source().files
         assert {"os.py", "json/decoder.py", "collections/__init__.py"} <= files.keys()
         assert not [name for name in files if {"test", "tests", "idle_test", "site-packages"} & set(name.split("/"))]
 
