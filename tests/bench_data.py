@@ -1,0 +1,74 @@
+#!/usr/bin/env python3
+"""How fast data/prepare.py encodes, against SentencePiece's own batch encoder on the same cores.
+
+    .venv/bin/python tests/bench_data.py --docs-jsonl FILE --tokenizer MODEL
+
+The encoder alone has all documents in memory as text and leaves its tokens there, once as lists and once as arrays;
+prepare.py, a whole process, starts its workers, reads, parses, encodes, hashes and writes. They take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import sentencepiece as spm
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "data"))
+import prepare
+
+TOOL = Path(prepare.__file__)
+
+
+def encoder_alone(tokenizer: spm.SentencePieceProcessor, documents: list[str], kind: str) -> float:
+    """Seconds; the call that gives arrays is in newer versions only."""
+    encode = tokenizer.encode_as_numpy if kind == "arrays" else tokenizer.encode_as_ids
+    start = time.perf_counter()
+    encode(documents, num_threads=prepare.cores())
+    return time.perf_counter() - start
+
+
+def whole_tool(docs: Path, tokenizer: Path) -> float:
+    """Seconds, from the start of the process to its end."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / TOOL.name
+        copy.write_bytes(TOOL.read_bytes())
+        start = time.perf_counter()
+        subprocess.run([sys.executable, copy, "--docs-jsonl", docs, "--tokenizer", tokenizer], check=True,
+                       stdout=subprocess.DEVNULL)  # fmt: skip
+        return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--docs-jsonl", type=Path, required=True, help="some 100 MB of documents")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="a SentencePiece model")
+    parser.add_argument("--repeats", type=int, default=5, help="how often everything is measured (default %(default)s)")
+    options = parser.parse_args()
+    documents = [json.loads(line)["text"] for line in options.docs_jsonl.open(encoding="utf-8") if line.strip()]
+    megabytes = sum(len(text.encode("utf-8")) for text in documents) / 1e6
+    tokenizer = spm.SentencePieceProcessor(model_file=str(options.tokenizer))
+    kinds = ["lists", "arrays"] if hasattr(tokenizer, "encode_as_numpy") else ["lists"]
+    print(f"{len(documents)} documents, {megabytes:.0f} MB, {prepare.cores()} cores, load {os.getloadavg()[0]:.1f}")
+    ratios: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for _ in range(options.repeats):
+        alone = {kind: encoder_alone(tokenizer, documents, kind) for kind in kinds}
+        tool = whole_tool(options.docs_jsonl, options.tokenizer)
+        for kind, seconds in alone.items():
+            ratios[kind].append(seconds / tool)
+        told = ", ".join(f"{kind} {megabytes / seconds:.1f}" for kind, seconds in alone.items())
+        print(f"MB/s: alone as {told}; prepare.py {megabytes / tool:.1f}", flush=True)
+    for kind, found in ratios.items():
+        print(f"prepare.py is {statistics.median(found):.2f} times as fast as the encoder alone that gives {kind} "
+              f"({min(found):.2f} to {max(found):.2f})")
+
+
+if __name__ == "__main__":
+    main()
