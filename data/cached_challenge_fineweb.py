@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 import warnings
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path, PurePosixPath
 
@@ -43,8 +42,20 @@ SHARD_HEADER_INTS = 256  # little-endian int32: magic, version, token count, the
 SHARD_MAGIC, SHARD_VERSION = 20240520, 1
 FULL_SHARD_BYTES = 4 * SHARD_HEADER_INTS + 2 * 100_000_000  # the challenge's shards hold up to 100 million tokens
 FILES_AT_A_TIME = 8
+ANSWER_SECONDS = 10
 SECONDS_BETWEEN_ATTEMPTS = (1, 2, 4)
+TOKENIZER_FILES = ("model_path", "vocab_path", "path")  # keys of a tokenizer's entry in the manifest
 INCOMING = ".incoming_"  # how the folders begin in which files arrive
+
+
+DEFAULTS = {"DATA_PATH": "data/datasets/fineweb10B_sp1024", "TOKENIZER_PATH": "data/tokenizers/fineweb_1024_bpe.model",
+            "VOCAB_SIZE": "1024"}  # the training script's, in the folder where it lies  # fmt: skip
+
+
+# Classes of the client's errors, and of its network library's, that say so.
+NOBODY_THERE = {
+    "ConnectError", "ConnectionError", "TimeoutException", "OfflineModeIsEnabled", "LocalEntryNotFoundError",
+}  # fmt: skip
 
 
 class FetchError(Exception):
@@ -86,7 +97,8 @@ def read_manifest(path: Path, name: str | None = None) -> dict:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         entries = [*manifest.get("datasets", []), *manifest.get("tokenizers", [])]
-        if all(isinstance(entry.get("name"), str) for entry in entries):
+        paths = [entry.get(key) or "" for entry in entries for key in TOKENIZER_FILES]
+        if all(isinstance(text, str) for text in (*paths, *(entry.get("name") for entry in entries))):
             return manifest
     except (ValueError, AttributeError, TypeError):
         pass
@@ -95,12 +107,14 @@ def read_manifest(path: Path, name: str | None = None) -> dict:
 
 def merged(local: dict, fetched: dict) -> dict:
     """The fetched manifest with those entries of the local one that it does not have, or that were built here."""
+    built = [entry for entry in local.get("datasets", []) if "made_by" in entry]
+    ours_to_keep = {"datasets": {entry["name"] for entry in built},
+                    "tokenizers": {entry.get("tokenizer_name") for entry in built}}  # fmt: skip
     result = {**local, **fetched}
-    for kind in ("tokenizers", "datasets"):
+    for kind, names in ours_to_keep.items():
         theirs = {entry["name"]: entry for entry in fetched.get(kind, [])}
         ours = {entry["name"]: entry for entry in local.get(kind, [])}
-        kept = {name: entry for name, entry in ours.items() if name not in theirs or "made_by" in entry}
-        result[kind] = list((theirs | kept).values())
+        result[kind] = list((theirs | {n: e for n, e in ours.items() if n not in theirs or n in names}).values())
     return result
 
 
@@ -116,7 +130,7 @@ def load_manifest(*, skip_manifest_download: bool) -> dict:
 
 def artifact_paths_for_tokenizer(tokenizer_entry: dict) -> list[str]:
     """The files of a manifest's tokenizer entry, as it names them, under the prefix. Raises ValueError for none."""
-    paths = [str(tokenizer_entry[key]) for key in ("model_path", "vocab_path", "path") if tokenizer_entry.get(key)]
+    paths = [tokenizer_entry[key] for key in TOKENIZER_FILES if tokenizer_entry.get(key)]
     if not paths:
         raise ValueError(f"the manifest names no file of the tokenizer {tokenizer_entry.get('name')!r}")
     return paths
@@ -137,8 +151,11 @@ def explain(error: Exception, relative_path: str) -> tuple[str, bool]:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if "GatedRepoError" in kinds:
         return f"{page} is gated: accept its terms on that page, then log in with `hf auth login`", False
-    if "RepositoryNotFoundError" in kinds or status == 401:
+    if "RepositoryNotFoundError" in kinds:
         return f"{page}: no such data set; check MATCHED_FINEWEB_REPO_ID (a private one takes `hf auth login`)", False
+    if status == 401:
+        may_be = "no such data set (check MATCHED_FINEWEB_REPO_ID), or a bad token (HF_TOKEN, `hf auth login`)"
+        return f"{page}: {may_be}", False
     if "HFValidationError" in kinds:
         return f"MATCHED_FINEWEB_REPO_ID={REPO_ID}: not the name of a repository, as user/name", False
     if "LocalEntryNotFoundError" in kinds and error.__cause__ is not None:  # the client has tried again by itself
@@ -148,10 +165,14 @@ def explain(error: Exception, relative_path: str) -> tuple[str, bool]:
     if status is not None:
         return f"{relative_path}: {hub()} answered with status {status}", status in (408, 429) or status >= 500
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if kinds & {"ConnectError", "ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError"}:
+    if kinds & {"UnsupportedProtocol", "InvalidURL"}:
+        return f"HF_ENDPOINT={hub()}: not an address, as https://huggingface.co ({text})", False
+    if kinds & NOBODY_THERE:
         return f"{hub()} cannot be reached ({text})", False
     if isinstance(error, OSError) and error.errno is not None:
         return f"{local_path_for_remote(relative_path)}: cannot be written: {error.strerror}", False
+    if isinstance(error, (TypeError, AttributeError)):
+        raise error  # a client that this was not written for
     return f"{relative_path}: {text}", True
 
 
@@ -167,17 +188,34 @@ class Received(tqdm):
         if Received.of_all is not None:
             Received.of_all.update(n)
 
+    def update_transfer(self, n: float) -> None:
+        """Told, besides `update`, of compressed bytes: a class that has this gets one bar for both, and not two."""
+
+    def set_transfer_postfix_str(self, text: str, refresh: bool = True) -> None:
+        """Told how fast those come."""
+
 
 def size_on_hub(relative_path: str) -> int | None:
     """Bytes of a file in the repository, if the hub says. Raises FetchError when it cannot be asked."""
-    try:
-        from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    except ImportError:  # a client of one function, as in other people's tests
+    if not client_is_whole():
         return None
-    try:
-        return get_hf_file_metadata(hf_hub_url(REPO_ID, relative_path, repo_type="dataset"), timeout=10).size
-    except Exception as error:
-        raise FetchError(explain(error, relative_path)[0]) from error
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    url = hf_hub_url(REPO_ID, relative_path, repo_type="dataset")
+    for wait in (*SECONDS_BETWEEN_ATTEMPTS, None):
+        try:
+            return get_hf_file_metadata(url, timeout=ANSWER_SECONDS).size
+        except Exception as error:
+            text, again = explain(error, relative_path)
+        if wait is None or not again:
+            raise FetchError(text)
+        time.sleep(wait)
+    return None
+
+
+def client_is_whole() -> bool:
+    """Whether the hub's client is there, and not a function that stands in for it, as in other people's tests."""
+    return (hf_hub_download.__module__ or "").startswith("huggingface_hub")
 
 
 def problem_with_shard(path: Path) -> str | None:
@@ -197,8 +235,11 @@ def is_good(path: Path, relative_path: str) -> bool:
     if path.suffix == ".bin":
         problem = problem_with_shard(path)
     else:
-        as_there = size > 0 and size_on_hub(relative_path) in (size, None)
-        problem = None if as_there else f"has {size} bytes, the hub's not"
+        try:
+            wanted = size_on_hub(relative_path) if size > 0 else None
+        except FetchError:  # with nobody to ask: it was whole when it came
+            wanted = size or None
+        problem = None if size > 0 and wanted in (size, None) else f"has {size} bytes, the hub's not"
     if problem is not None:
         tqdm.write(f"{path} {problem}: fetching it anew")
     return problem is None
@@ -220,9 +261,10 @@ def get(relative_path: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         for wait in (*SECONDS_BETWEEN_ATTEMPTS, None):
             with tempfile.TemporaryDirectory(prefix=INCOMING, dir=path.parent, ignore_cleanup_errors=True) as folder:
+                options = {"local_dir": folder, "tqdm_class": Received} if client_is_whole() else {}
                 try:
                     arrived = Path(hf_hub_download(repo_id=REPO_ID, filename=name.name, subfolder=subfolder,
-                                                   repo_type="dataset", local_dir=folder, tqdm_class=Received))
+                                                   repo_type="dataset", **options))  # fmt: skip
                     problem, again = problem_with_shard(arrived) if path.suffix == ".bin" else None, True
                     text = f"{relative_path} {problem}, as it comes from {hub()}"
                 except Exception as error:
@@ -255,26 +297,27 @@ def install(arrived: Path, path: Path, folder: Path, merge: bool) -> None:
 def sizes_to_fetch(paths: list[str]) -> dict[str, int]:
     """Bytes of each file that is not here, shards taken as full. Raises FetchError when they do not fit on the disk."""
     sizes: dict[str, int] = {}
-    needed: Counter[int] = Counter()  # bytes by file system: data/datasets may be a link to another disk
-    folders: dict[int, Path] = {}
-    what: Counter[str] = Counter()
+    folders: dict[int, Path] = {}  # by file system: data/datasets may be a link to another disk
+    missing: dict[int, list[str]] = {}
     for relative_path in paths:
         place = local_path_for_remote(relative_path)
         is_shard = place.suffix == ".bin"
         if place.is_file() and not (is_shard and problem_with_shard(place)):
             continue
+        if not is_shard or not sizes:  # the first shard, too, to hear at once whether the hub is there
+            size = size_on_hub(relative_path) or 0
+        sizes[relative_path] = FULL_SHARD_BYTES if is_shard else size
         folder = next(parent for parent in place.parents if parent.exists())
-        size = FULL_SHARD_BYTES if is_shard else size_on_hub(relative_path) or 0
-        sizes[relative_path] = size
-        needed[folder.stat().st_dev] += size
         folders[folder.stat().st_dev] = folder
-        what[f"shards of {in_words(size)}" if is_shard else f"{place.name} of {in_words(size)}"] += 1
-    for device, size in needed.items():
-        free = shutil.disk_usage(folders[device]).free
-        if size > free:
-            listed = ", ".join(f"{count} {name}" if "shard" in name else name for name, count in what.items())
+        missing.setdefault(folder.stat().st_dev, []).append(relative_path)
+    for device, there in missing.items():
+        free, needed = shutil.disk_usage(folders[device]).free, sum(sizes[path] for path in there)
+        if needed > free:
+            shards = sum(path.endswith(".bin") for path in there)
+            what = [f"{shards} shard{'s' if shards > 1 else ''} of {in_words(FULL_SHARD_BYTES)}"] if shards else []
+            what += [f"{Path(path).name} of {in_words(sizes[path])}" for path in there if not path.endswith(".bin")]
             raise FetchError(
-                f"{folders[device]}: {in_words(free)} are free, and {in_words(size)} are needed: {listed}; "
+                f"{folders[device]}: {in_words(free)} are free, and {in_words(needed)} are needed: {', '.join(what)}; "
                 f"make room, or ask for fewer --train-shards (one is {in_words(FULL_SHARD_BYTES)})"
             )
     return sizes
@@ -286,8 +329,10 @@ def in_words(size: int) -> str:
     return f"{size / {'GB': 1e9, 'MB': 1e6, 'kB': 1e3, 'bytes': 1}[unit]:.4g} {unit}"
 
 
-def fetch(paths: list[str], sizes: dict[str, int]) -> None:
-    """Get all of them, several at a time. At the first that fails no more are begun; those under way are finished."""
+def fetch(paths: list[str], sizes: dict[str, int], whole: set[str]) -> None:
+    """Get all of them, several at a time, and note which are whole. At the first that fails no more are begun; those
+    under way are finished.
+    """
     executor = ThreadPoolExecutor(FILES_AT_A_TIME, initializer=tqdm.set_lock, initargs=(tqdm.get_lock(),))
     with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="fetching", disable=None) as bar:
         Received.of_all = bar
@@ -295,12 +340,16 @@ def fetch(paths: list[str], sizes: dict[str, int]) -> None:
             begun = {executor.submit(get, path): path for path in paths}
             for number, done in enumerate(as_completed(begun), start=1):
                 done.result()
+                whole.add(begun[done])
                 place = local_path_for_remote(begun[done])
                 if begun[done] in sizes and place.exists():  # a shard may not have been full
                     bar.total += place.stat().st_size - sizes[begun[done]]
                 bar.set_postfix_str(f"{number} of {len(paths)} files")
         except Exception:
             executor.shutdown(wait=True, cancel_futures=True)
+            for done, path in begun.items():
+                if not done.cancelled():
+                    whole.discard(path) if done.exception() else whole.add(path)
             raise
         finally:
             executor.shutdown(wait=False, cancel_futures=True)
@@ -364,11 +413,12 @@ def select(manifest: dict, variant: str, train_shards: int) -> tuple[dict[str, l
     if "made_by" in entries[name]:
         raise ValueError(f"{DATASETS_DIR / name} was built here by {entries[name]['made_by']}: move it away, and its "
                          f"entry in {manifest_path()}, or build it under another name")  # fmt: skip
-    stats, tokenizer_name = entries[name].get("stats") or {}, entries[name].get("tokenizer_name")
-    counts = {kind: stats.get(f"files_{kind}") for kind in ("val", "train")}
-    tokenizer = next((entry for entry in manifest.get("tokenizers", []) if entry["name"] == tokenizer_name), None)
-    if tokenizer is None or not all(isinstance(count, int) for count in counts.values()):
+    stats, tokenizers = entries[name].get("stats"), {entry["name"]: entry for entry in manifest.get("tokenizers", [])}
+    counts = {kind: stats.get(f"files_{kind}") if isinstance(stats, dict) else None for kind in ("val", "train")}
+    tokenizer = tokenizers.get(entries[name].get("tokenizer_name"))
+    if tokenizer is None or not all(isinstance(count, int) and count >= 0 for count in counts.values()):
         raise ValueError(f"the manifest's entry {name} lacks files_train or files_val, or its tokenizer is not listed")
+    check_places(tokenizer, entries, tokenizers)
     if train_shards > counts["train"]:
         raise ValueError(f"--train-shards {train_shards}: {name} has {counts['train']}")
     counts["train"] = train_shards
@@ -379,12 +429,31 @@ def select(manifest: dict, variant: str, train_shards: int) -> tuple[dict[str, l
     return files, tokenizer
 
 
-def complete(files: dict[str, list[str]]) -> str:
-    """What is here and whole, in words."""
+def check_places(tokenizer: dict, datasets: dict[str, dict], tokenizers: dict[str, dict]) -> None:
+    """Raise ValueError when a tokenizer's files belong to a data set that was built here, or are not for its folder."""
+    built = {}
+    for name, entry in datasets.items():
+        if "made_by" in entry:
+            own = tokenizers.get(entry.get("tokenizer_name"), {})
+            built |= {own[key]: name for key in TOKENIZER_FILES if own.get(key)}
+    for path in artifact_paths_for_tokenizer(tokenizer):
+        place = local_path_for_remote(remote(path))
+        if path in built:
+            raise ValueError(f"{place} was built here, for {built[path]}: build that under another name, and remove it")
+        if not any(place.is_relative_to(folder) for folder in (DATASETS_DIR, TOKENIZERS_DIR)):
+            raise ValueError(f"the manifest's tokenizer {tokenizer['name']} has a file {path!r}: not under tokenizers/")
+
+
+def complete(files: dict[str, list[str]], whole: set[str]) -> str:
+    """What is here and whole, in words: shards tell by themselves, of other files it is given."""
+
+    def is_whole(path: str) -> bool:
+        place = local_path_for_remote(path)
+        return path in whole or (place.suffix == ".bin" and place.is_file() and problem_with_shard(place) is None)
+
     told = []
     for kind, paths in files.items():
-        places = [local_path_for_remote(path) for path in paths]
-        there = sum(p.is_file() and not (p.suffix == ".bin" and problem_with_shard(p)) for p in places)
+        there = sum(map(is_whole, paths))
         told.append(f"{there} of {len(paths)} {kind}{'s' if len(paths) != 1 else ''}")
     return ", ".join(told)
 
@@ -397,37 +466,38 @@ def main() -> None:
     if args.variant == "byte260":
         print("byte260 has no SentencePiece tokenizer: train_gpt_mlx.py cannot train on it", flush=True)
     quiet_client()
-    size_on_hub(remote("manifest.json"))  # the client would try for 23 seconds before it says that there is no hub
-    sweep([remote("manifest.json")])
+    if not args.skip_manifest:
+        size_on_hub(remote("manifest.json"))  # the client would try for 23 seconds before it says that there is no hub
+        sweep([remote("manifest.json")])
     files, tokenizer = select(load_manifest(skip_manifest_download=args.skip_manifest), args.variant, args.train_shards)
     if args.with_docs:
         files["document file"] = [remote("docs_selected.jsonl"), remote("docs_selected.source_manifest.json")]
     paths = [path for group in files.values() for path in group]
     sweep(paths)
+    whole = {path for path in paths if not path.endswith(".bin") and local_path_for_remote(path).is_file()}
     try:
-        fetch(paths, sizes_to_fetch(paths))
+        fetch(paths, sizes_to_fetch(paths), whole)
     except FetchError as error:
-        raise FetchError(f"{error}; here and whole: {complete(files)}") from None
+        raise FetchError(f"{error}; here and whole: {complete(files, whole)}") from None
     except KeyboardInterrupt:
         sweep(paths)
-        raise KeyboardInterrupt(f"here and whole: {complete(files)}") from None
-    print(f"{shown(DATASETS_DIR / name)}: {complete(files)}")
-    model = tokenizer.get("model_path", "")
+        raise KeyboardInterrupt(f"here and whole: {complete(files, whole)}") from None
+    print(f"{shown(DATASETS_DIR / name)}: {complete(files, whole)}")
+    model = tokenizer.get("model_path") or ""
     if model.endswith(".model"):
         place = {"DATA_PATH": shown(DATASETS_DIR / name), "TOKENIZER_PATH": shown(local_path_for_remote(remote(model))),
-                 "VOCAB_SIZE": args.variant.removeprefix("sp")}
-        settings = "".join(f"{key}={value} " for key, value in place.items()) if args.variant != "sp1024" else ""
+                 "VOCAB_SIZE": args.variant.removeprefix("sp")}  # fmt: skip
+        settings = "" if place == DEFAULTS else "".join(f"{key}={value} " for key, value in place.items())
         print(f"train on it with:\n  {settings}{shown(Path(sys.executable))} {shown(ROOT.parent / 'train_gpt_mlx.py')}")
 
 
 def quiet_client() -> None:
     """Have the hub's client leave telling what went wrong to this file."""
-    try:
+    if client_is_whole():
         from huggingface_hub.utils import logging
-    except ImportError:
-        return
-    logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", module="huggingface_hub")
+
+        logging.set_verbosity_error()
+        warnings.filterwarnings("ignore", module="huggingface_hub")
 
 
 def shown(path: Path) -> str:
@@ -450,6 +520,9 @@ def command_line() -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -10,8 +10,8 @@ whitespace, so bits per byte are over the normalized text). A document's tokens 
 first documents are for validation, the rest for training. The same text, settings and SentencePiece version give the
 same bytes, on however many cores.
 
-Text streams through in batches, so memory does not grow with it: a reader, worker processes that parse and encode, and
-a writer that takes their results in the order of the text.
+Text streams through in batches, so memory does not grow with it: while SentencePiece encodes one on all cores, the next
+is read and the last one written.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import gzip
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import platform
 import re
@@ -29,15 +28,14 @@ import shutil
 import signal
 import sys
 import sysconfig
+import textwrap
 import threading
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from itertools import chain, islice
 from pathlib import Path
 
 try:
@@ -55,7 +53,8 @@ SHARD_MAGIC, SHARD_VERSION = 20240520, 1
 NOT_LIBRARY_TEXT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 MADE_BY = "data/prepare.py"
 SHUFFLE_SEED = "1337"
-BATCH_BYTES = 1_000_000  # of input that a worker takes at once
+BATCH_CHARACTERS = 2_000_000  # of text that is encoded at once; three batches are in memory
+SENTENCE_CHARACTERS = 1000  # of a line to train on, at most: at 4 bytes each less than SentencePiece's bound
 TOKENIZER_TEXT_BYTES = 100_000_000  # most text to train a tokenizer on, which takes ten times as much memory
 BAD_ONES_TOLD = 5
 
@@ -64,8 +63,8 @@ class InputError(ValueError):
     """Something the user gave cannot be used. The message says what, where and what to do."""
 
 
-class BuildError(Exception):
-    """The disk or a worker failed. The message says how; everything is as it was before."""
+class WriteError(Exception):
+    """A file cannot be written. The message says which and why; everything is as it was before."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -115,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--skip-bad", action="store_true", help="count lines and files that cannot be used, instead of stopping"
     )
     parser.add_argument(
-        "--workers", type=positive, default=cores(), metavar="N", help="processes that encode (default all cores)"
+        "--workers", type=positive, default=cores(), metavar="N", help="threads that encode (default all cores)"
     )
     return parser
 
@@ -134,8 +133,7 @@ def check_settings(name: str, vocab_size: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Where documents come from. A source gives records, bytes that hold one document each; `parse` makes text of one. So
-# the reader has little to do, and the workers share the parsing.
+# Where documents come from: a source gives records, bytes that hold one document each, and `parse` makes text of one.
 
 
 @dataclass
@@ -147,13 +145,13 @@ class Source:
     files: dict[str, Path]  # by names that do not depend on where they lie, in the order of reading
     digests: dict[str, str] = field(default_factory=dict)  # sha256 of each, once it has been read to its end
 
-    def records(self, task: str) -> Iterator[tuple[str, bytes]]:
-        """Where a record comes from (file, or file and line number) and its bytes; with a bar of progress.
+    def records(self, task: str | None) -> Iterator[tuple[str, bytes]]:
+        """Where a record comes from (file, or file and line number) and its bytes; for a task with a bar of progress.
 
         Raises InputError for a file that cannot be read.
         """
         total = sum(path.stat().st_size for path in self.files.values() if path.exists())
-        with tqdm(total=total, desc=task, unit="B", unit_scale=True, disable=None) as bar:
+        with tqdm(total=total, desc=task, unit="B", unit_scale=True, disable=None if task else True) as bar:
             for name, path in self.files.items():
                 try:
                     if self.kind == "text":
@@ -181,13 +179,12 @@ class Source:
             self.digests[name] = watched.digest.hexdigest()
 
     def fingerprint(self) -> dict:
-        """What was read, to be recognized: a file's sha256, or, of several, that of the list that sha256sum prints of
-        them in the order of their names."""
-        if len(self.digests) == 1:
-            ((name, digest),) = self.digests.items()
-            return {"file": name, "sha256": digest}
-        listed = "".join(f"{self.digests[name]}  {name}\n" for name in sorted(self.digests))
-        return {"files": len(self.digests), "sha256": hashlib.sha256(listed.encode()).hexdigest()}
+        """What was read, to be recognized: the sha256 of each file of lines, in their order; of text files that of the
+        list that sha256sum prints of them in the order of their names."""
+        if self.kind == "jsonl":
+            return {"files": [{"file": name, "sha256": digest} for name, digest in self.digests.items()]}
+        listed = "".join(f"{self.digests[name]}  {name}\n" for name in sorted(self.digests, key=encoded))
+        return {"files": len(self.digests), "sha256": hashlib.sha256(encoded(listed)).hexdigest()}
 
 
 class Watched(io.RawIOBase):
@@ -204,6 +201,38 @@ class Watched(io.RawIOBase):
         self.digest.update(memoryview(buffer)[:count])
         self.bar.update(count)
         return count
+
+
+@dataclass
+class LeftOut:
+    """How many records gave no document."""
+
+    blank: int = 0
+    bad: int = 0
+    first_bad: str = ""  # where, and what is wrong with it
+
+
+def documents(
+    source: Source, left_out: LeftOut, skip_bad: bool, task: str | None = None, say: Callable[[str], None] | None = None
+) -> Iterator[str]:
+    """The source's documents that are not blank. Raises InputError, with file and line, for a bad record, unless those
+    are skipped; then the first ones are told of, if somebody listens. A task has a bar of progress.
+    """
+    for place, record in source.records(task):
+        try:
+            text = parse(source.kind, record)
+        except ValueError as error:
+            if not skip_bad:
+                raise InputError(f"{place}: {error}") from None
+            left_out.bad += 1
+            left_out.first_bad = left_out.first_bad or f"{place}: {error}"
+            if say is not None and left_out.bad <= BAD_ONES_TOLD:
+                say(f"skipped {place}: {error}")
+            continue
+        if text.strip():
+            yield text
+        else:
+            left_out.blank += 1
 
 
 def parse(kind: str, record: bytes) -> str:
@@ -254,8 +283,20 @@ def text_source(paths: Iterable[Path]) -> Source:
         else:
             raise InputError(f"--text {path}: no such file or folder")
         for name, file in names.items():
-            files[name if name not in files else f"{number}/{name}"] = file
+            files[free_name(name, number, files)] = file
     return Source("text", "--text", shuffled(files))
+
+
+def free_name(name: str, number: int, files: dict[str, Path]) -> str:
+    """The name, or, if another of the user's paths has given it already, one with this path's number before it."""
+    while name in files:
+        name = f"{number}/{name}"
+    return name
+
+
+def encoded(name: str) -> bytes:
+    """A file's name in UTF-8; on Linux it can have other bytes in it, which stay."""
+    return name.encode("utf-8", "surrogateescape")
 
 
 def shuffled(files: dict[str, Path]) -> dict[str, Path]:
@@ -263,7 +304,7 @@ def shuffled(files: dict[str, Path]) -> dict[str, Path]:
 
     That order is as good as random, the same on every machine, and keeps when a file is added or edited.
     """
-    order = sorted(files, key=lambda name: hashlib.sha256((SHUFFLE_SEED + name).encode()).digest())
+    order = sorted(files, key=lambda name: hashlib.sha256(encoded(SHUFFLE_SEED + name)).digest())
     return {name: files[name] for name in order}
 
 
@@ -272,8 +313,8 @@ def jsonl_source(paths: Iterable[Path]) -> Source:
     files: dict[str, Path] = {}
     for number, path in enumerate(paths):
         if not path.is_file():
-            raise InputError(f"--docs-jsonl {path}: {'is a folder' if path.is_dir() else 'no such file'}")
-        files[path.name if path.name not in files else f"{number}/{path.name}"] = path
+            raise InputError(f"--docs-jsonl {path}: {'not a regular file' if path.exists() else 'no such file'}")
+        files[free_name(path.name, number, files)] = path
     return Source("jsonl", "--docs-jsonl", files)
 
 
@@ -284,66 +325,75 @@ def jsonl_source(paths: Iterable[Path]) -> Source:
 def train_tokenizer(source: Source, args: argparse.Namespace, say: Callable[[str], None]) -> bytes:
     """A SentencePiece model, serialized, with the challenge's recipe. Raises InputError for too little text.
 
-    It is trained on lines: SentencePiece skips "sentences" of more than 4,192 bytes, so most whole documents.
+    It is trained in a thread, where SentencePiece lets Ctrl-C end the tool (since 0.2.2).
     """
-    documents = num_bytes = 0
-    stopped: list[BaseException] = []  # SentencePiece makes its own error of what ends the iterator
+    model = io.BytesIO()
+    stopped: list[BaseException] = []  # SentencePiece makes an error of its own of what ends the iterator
+    failed: list[BaseException] = []
 
     def lines() -> Iterator[str]:
-        nonlocal documents, num_bytes
         try:
-            skip = args.val_docs or 0
-            for text in texts(source, args.skip_bad):
-                if skip > 0:
-                    skip -= 1
-                    continue
-                documents, num_bytes = documents + 1, num_bytes + len(text.encode("utf-8"))
-                yield from (line for line in text.splitlines() if line.strip())
-                if documents == args.tokenizer_train_docs or num_bytes >= TOKENIZER_TEXT_BYTES:
-                    return
-            if documents == 0:
-                few = f"--val-docs {args.val_docs}: the text has no more documents, which leaves none to train on"
-                raise InputError(few if args.val_docs and skip < args.val_docs else NO_TEXT)
+            yield from lines_to_train_on(source, args, say)
         except BaseException as error:
             stopped.append(error)
             raise
 
-    model = io.BytesIO()
-    try:
-        spm.SentencePieceTrainer.train(
-            sentence_iterator=lines(), model_writer=model, model_type="bpe", vocab_size=args.vocab_size,
-            character_coverage=0.999, byte_fallback=True, split_digits=True, add_dummy_prefix=False,
-            normalization_rule_name="nmt_nfkc", hard_vocab_limit=False,
-            pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2,
-        )
-    except (RuntimeError, OSError) as error:
-        if stopped:
-            raise stopped[0] from None
-        raise InputError(f"--vocab-size {args.vocab_size}: SentencePiece cannot train on this text ({error})") from None
+    def train() -> None:
+        try:
+            spm.SentencePieceTrainer.train(
+                sentence_iterator=lines(), model_writer=model, model_type="bpe", vocab_size=args.vocab_size,
+                character_coverage=0.999, byte_fallback=True, split_digits=True, add_dummy_prefix=False,
+                normalization_rule_name="nmt_nfkc", hard_vocab_limit=False,
+                pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2,
+            )
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=train, daemon=True)
+    thread.start()
+    with tqdm(desc="training the tokenizer", bar_format="{desc}: {elapsed}", disable=None) as clock:
+        while thread.is_alive():
+            thread.join(0.2)
+            clock.refresh()
+    if stopped:
+        raise stopped[0]
+    if failed:
+        if not isinstance(failed[0], (RuntimeError, OSError)):
+            raise failed[0]
+        raise InputError(f"--vocab-size {args.vocab_size}: SentencePiece cannot train on this text ({failed[0]})")
     pieces = spm.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
     if pieces != args.vocab_size:  # without the hard limit, a small text silently gives fewer
         raise InputError(
             f"--vocab-size {args.vocab_size}: this text yields only {pieces} pieces: ask for at most that, "
             "or give more text"
         )
-    say(f"tokenizer: {pieces} pieces, trained on {documents} documents, {num_bytes:,} bytes")
     return model.getvalue()
 
 
-NO_TEXT = "the text is empty: there is nothing but white space in it"
+def lines_to_train_on(source: Source, args: argparse.Namespace, say: Callable[[str], None]) -> Iterator[str]:
+    """The lines of the first documents, with --val-docs of the first after those. Raises InputError for none.
 
-
-def texts(source: Source, skip_bad: bool) -> Iterator[str]:
-    """The documents' texts, without blank ones. Raises InputError for a bad one, unless those are skipped."""
-    for place, record in source.records("reading for the tokenizer"):
-        try:
-            text = parse(source.kind, record)
-        except ValueError as error:
-            if not skip_bad:
-                raise InputError(f"{place}: {error}") from None
-        else:
-            if text.strip():
-                yield text
+    Lines, and pieces of long ones: SentencePiece skips "sentences" of more than 4,192 bytes, so most whole documents.
+    """
+    count = num_bytes = 0
+    skip, left_out = args.val_docs or 0, LeftOut()
+    for text in documents(source, left_out, args.skip_bad):
+        if skip > 0:
+            skip -= 1
+            continue
+        count, num_bytes = count + 1, num_bytes + len(text.encode("utf-8"))
+        for line in text.splitlines():
+            if len(line) > SENTENCE_CHARACTERS:
+                yield from textwrap.wrap(line, SENTENCE_CHARACTERS, expand_tabs=False, drop_whitespace=False,
+                                         break_on_hyphens=False)  # fmt: skip
+            elif line.strip():
+                yield line
+        if count == args.tokenizer_train_docs or num_bytes >= TOKENIZER_TEXT_BYTES:
+            break
+    if count == 0:
+        few = f"--val-docs {args.val_docs}: the text has no more documents, which leaves none to train on"
+        raise InputError(few if args.val_docs and skip < args.val_docs else no_text(left_out))
+    say(f"tokenizer: training {args.vocab_size} pieces on {count} documents, {num_bytes:,} bytes")
 
 
 def read_tokenizer(path: Path, wanted: int | None) -> bytes:
@@ -352,14 +402,14 @@ def read_tokenizer(path: Path, wanted: int | None) -> bytes:
     """
     try:
         model = path.read_bytes()
+        if not model:  # SentencePiece takes it, and older versions crash when it is used
+            raise RuntimeError
         tokenizer = spm.SentencePieceProcessor(model_proto=model)
-        vocab_size, bos = tokenizer.vocab_size(), tokenizer.bos_id()
     except OSError as error:
         raise InputError(f"--tokenizer {path}: cannot be read ({error.strerror})") from None
     except RuntimeError:
-        vocab_size = 0
-    if vocab_size == 0:  # an empty file is no error to SentencePiece
-        raise InputError(f"--tokenizer {path}: not a SentencePiece model")
+        raise InputError(f"--tokenizer {path}: not a SentencePiece model") from None
+    vocab_size, bos = tokenizer.vocab_size(), tokenizer.bos_id()
     if bos < 0 or vocab_size > 65_536:
         raise InputError(f"--tokenizer {path}: {vocab_size} pieces, {'with' if bos >= 0 else 'without'} one to begin a "
                          "document (bos): it must have that, and at most 65536")  # fmt: skip
@@ -374,89 +424,52 @@ class Encoded:
 
     tokens: np.ndarray  # (tokens,) uint16: each document's, after the begin-of-document token; no end-of-document token
     lengths: list[int]  # tokens of each document
-    num_bytes: int  # of the documents' text in UTF-8
-    blank: int  # records that are nothing but white space
-    bad: list[tuple[int, str]]  # position in the batch, and what is wrong with it
+    num_bytes: int  # of their text in UTF-8
 
 
-def encode_batch(tokenizer: spm.SentencePieceProcessor, kind: str, records: list[bytes]) -> Encoded:
-    """Parse and encode the records of a source of that kind."""
-    documents, bad, blank = [], [], 0
-    for position, record in enumerate(records):
-        try:
-            text = parse(kind, record)
-        except ValueError as error:
-            bad.append((position, str(error)))
-            continue
-        if text.strip():
-            documents.append(text)
-        else:
-            blank += 1
+def encode_batch(tokenizer: spm.SentencePieceProcessor, texts: list[str], workers: int) -> Encoded:
+    """Encode documents in so many threads."""
     to_ids = getattr(tokenizer, "encode_as_numpy", tokenizer.encode_as_ids)  # a tenth faster, where there is that
-    encoded = to_ids(documents, num_threads=1) if documents else []
-    lengths = [1 + len(ids) for ids in encoded]
+    documents_ids = to_ids(texts, num_threads=workers)
+    lengths = [1 + len(ids) for ids in documents_ids]
     tokens, end = np.full(sum(lengths), tokenizer.bos_id(), dtype="<u2"), 0
-    for ids in encoded:
+    for ids in documents_ids:
         tokens[end + 1 : end + 1 + len(ids)] = ids
         end += 1 + len(ids)
-    return Encoded(tokens, lengths, sum(len(text.encode("utf-8")) for text in documents), blank, bad)
+    return Encoded(tokens, lengths, sum(len(text.encode("utf-8")) for text in texts))
 
 
-def start_worker(model: bytes) -> None:
-    """Prepare a worker process: it leaves Ctrl-C to the main one, and ends when that is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    start_worker.tokenizer = spm.SentencePieceProcessor(model_proto=model)
+def encode(texts: Iterable[str], model: bytes, workers: int) -> Iterator[Encoded]:
+    """Batches of the documents, encoded, in order.
 
-
-def encode_in_worker(kind: str, records: list[bytes]) -> Encoded:
-    return encode_batch(start_worker.tokenizer, kind, records)
-
-
-def encode(source: Source, model: bytes, workers: int) -> Iterator[tuple[list[str], Encoded]]:
-    """The source's batches in order, each with its records' places. A text of one batch needs no processes.
-
-    At most two batches a worker are on the way, so a slow writer holds up the reader. Raises BuildError when a worker
-    dies.
+    SentencePiece lets other Python threads run while it encodes (since 0.2.2), so whoever takes these batches reads the
+    next documents and writes the last ones meanwhile.
     """
-    todo = batches(source)
-    first = list(islice(todo, 2))
-    if workers == 1 or len(first) < 2:
-        tokenizer = spm.SentencePieceProcessor(model_proto=model)
-        for places, records in chain(first, todo):
-            yield places, encode_batch(tokenizer, source.kind, records)
-        return
-    context = multiprocessing.get_context("spawn")  # a fork would copy the threads of whoever imports this
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(model,))
+    tokenizer = spm.SentencePieceProcessor(model_proto=model)
+    pool = ThreadPoolExecutor(1)
+    under_way: deque[Future[Encoded]] = deque()
     try:
-        waiting: deque = deque()
-        for places, records in chain(first, todo):
-            waiting.append((places, pool.submit(encode_in_worker, source.kind, records)))
-            if len(waiting) > 2 * workers:
-                places, result = waiting.popleft()
-                yield places, result.result()
-        while waiting:
-            places, result = waiting.popleft()
-            yield places, result.result()
-    except BrokenProcessPool:
-        raise BuildError("a worker process was killed; is there enough memory? --workers takes fewer") from None
+        for batch in batches(texts):
+            under_way.append(pool.submit(encode_batch, tokenizer, batch, workers))
+            if len(under_way) == 2:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def batches(source: Source) -> Iterator[tuple[list[str], list[bytes]]]:
-    """The source's records with their places, some BATCH_BYTES together."""
-    places, records, size = [], [], 0
-    for place, record in source.records("encoding"):
-        places.append(place)
-        records.append(record)
-        size += len(record)
-        if size >= BATCH_BYTES:
-            yield places, records
-            places, records, size = [], [], 0
-    if records:
-        yield places, records
+def batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The texts, as many at once as have BATCH_CHARACTERS together."""
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -551,16 +564,11 @@ def write_shards(
     Raises InputError for a bad record, unless those are skipped, and when there is nothing to train on.
     """
     val, train = (ShardWriter(folder, kind, args.shard_tokens) for kind in ("val", "train"))
-    num_bytes = blank = bad = 0
-    with closing(encode(source, model, args.workers)) as results:
-        for places, batch in results:
-            for position, reason in batch.bad:
-                if not args.skip_bad:
-                    raise InputError(f"{places[position]}: {reason}")
-                if bad < BAD_ONES_TOLD:
-                    say(f"skipped {places[position]}: {reason}")
-                bad += 1
-            num_bytes, blank = num_bytes + batch.num_bytes, blank + batch.blank
+    left_out, num_bytes = LeftOut(), 0
+    texts = documents(source, left_out, args.skip_bad, "encoding", say)
+    with closing(encode(texts, model, args.workers)) as results:
+        for batch in results:
+            num_bytes += batch.num_bytes
             count = to_validation(batch.lengths, val, args) if train.documents == 0 else 0
             boundary = sum(batch.lengths[:count])
             val.write(batch.tokens[:boundary], count)
@@ -569,18 +577,26 @@ def write_shards(
             train.write(batch.tokens[boundary:], len(batch.lengths) - count)
     train.finish()
     if train.documents == 0:
-        raise InputError(nothing_to_train_on(source, val, args))
-    counts = {"documents": val.documents + train.documents, "bytes": num_bytes, "blank": blank, "bad": bad}
+        raise InputError(nothing_to_train_on(source, left_out, val, args))
+    counts = {"documents": val.documents + train.documents, "bytes": num_bytes, "blank": left_out.blank,
+              "bad": left_out.bad}  # fmt: skip
     for writer in (train, val):
         counts |= {f"files_{writer.kind}": writer.files, f"documents_{writer.kind}": writer.documents,
                    f"tokens_{writer.kind}": writer.tokens}  # fmt: skip
     return counts
 
 
-def nothing_to_train_on(source: Source, val: ShardWriter, args: argparse.Namespace) -> str:
-    """What to tell the user when all documents went to validation."""
+def no_text(left_out: LeftOut) -> str:
+    """What to tell the user when there are no documents."""
+    if left_out.bad:
+        return f"there is no text in it: {left_out.bad} bad, {left_out.blank} blank; {left_out.first_bad}"
+    return "the text is empty: there is nothing but white space in it"
+
+
+def nothing_to_train_on(source: Source, left_out: LeftOut, val: ShardWriter, args: argparse.Namespace) -> str:
+    """What to tell the user when there are no documents, or all went to validation."""
     if val.documents == 0:
-        return NO_TEXT
+        return no_text(left_out)
     if source.kind == "text" and val.documents == 1:
         return "one file is one document, and it cannot be both validation and training text: give several"
     setting = f"--val-docs {args.val_docs}" if args.val_docs else f"--val-tokens {args.val_tokens}"
@@ -598,9 +614,10 @@ def read_manifest(path: Path) -> dict:
         return {"tokenizers": [], "datasets": []}
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        if all(isinstance(manifest.get(key, []), list) for key in ("tokenizers", "datasets")):
+        entries = [*manifest.get("tokenizers", []), *manifest.get("datasets", [])]
+        if all(isinstance(entry, dict) for entry in entries):
             return manifest
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, TypeError):
         pass
     raise InputError(f"{path}: not a manifest: mend it or move it away")
 
@@ -661,7 +678,7 @@ def move_into_place(staging: Path, shards: str, files: Iterable[str]) -> None:
 def prepare(args: argparse.Namespace, say: Callable[[str], None] = print) -> None:
     """Build the data set that the command line asks for.
 
-    Raises InputError for what the user can mend, and BuildError for a full disk and the like.
+    Raises InputError for what the user can mend, and WriteError for a full disk and the like.
     """
     model = read_tokenizer(args.tokenizer, args.vocab_size) if args.tokenizer else None
     args.vocab_size = spm.SentencePieceProcessor(model_proto=model).vocab_size() if model else args.vocab_size or 1024
@@ -670,8 +687,12 @@ def prepare(args: argparse.Namespace, say: Callable[[str], None] = print) -> Non
     dataset_name, tokenizer_name = f"{name}_sp{args.vocab_size}", f"{name}_{args.vocab_size}_bpe"
     listed = read_manifest(ROOT / "manifest.json").get("datasets", [])
     made_here = any(entry.get("name") == dataset_name and entry.get("made_by") == MADE_BY for entry in listed)
-    if (ROOT / "datasets" / dataset_name).exists() and not made_here:
-        raise InputError(f"--name {name}: {ROOT / 'datasets' / dataset_name} is not this tool's; choose another name")
+    for place in (ROOT / "datasets" / dataset_name, ROOT / "tokenizers" / f"{tokenizer_name}.model"):
+        if place.exists() and not made_here:
+            raise InputError(f"--name {name}: {place} is not this tool's; choose another name")
+        if place.parent.exists() and place.parent.stat().st_dev != ROOT.stat().st_dev:
+            raise InputError(f"{place.parent} is on another disk than {ROOT}, and files are moved there as a whole: "
+                             f"have all of {ROOT} on that disk")  # fmt: skip
 
     if args.docs_jsonl:
         source = jsonl_source(args.docs_jsonl)
@@ -692,7 +713,7 @@ def prepare(args: argparse.Namespace, say: Callable[[str], None] = print) -> Non
         place = Path(error.filename or ROOT)
         if place.is_relative_to(staging):  # the user knows it by the name that it was to have
             place = ROOT.joinpath(*place.relative_to(staging).parts[1:])
-        raise BuildError(f"{place}: cannot be written: {error.strerror}; what was there before still is") from None
+        raise WriteError(f"{place}: cannot be written: {error.strerror}; what was there before still is") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -731,7 +752,7 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BuildError as error:
+    except WriteError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -105,7 +105,8 @@ def test_ways_to_write_the_same_documents(root, docs, change):
     docs.write_bytes(changed)
     assert build(docs) == 0
     assert {name: data for name, data in snapshot(root).items() if name != "manifest.json"} == expected
-    assert entry_of(root)["input"] == {"file": "docs.jsonl", "sha256": hashlib.sha256(changed).hexdigest()}
+    digest = hashlib.sha256(changed).hexdigest()
+    assert entry_of(root)["input"] == {"files": [{"file": "docs.jsonl", "sha256": digest}]}
 
 
 def test_several_files_in_the_order_given(root, docs, tmp_path):
@@ -118,10 +119,10 @@ def test_several_files_in_the_order_given(root, docs, tmp_path):
     parts[2].write_bytes(jsonl(TEXTS[50:]))
     assert build(parts[0], *map(str, parts[1:]), "--val-docs", "9", "--vocab-size", "300") == 0
     assert (tokens_of(root, "val").tolist(), tokens_of(root, "train").tolist()) == expected
-    digests = [(hashlib.sha256(path.read_bytes()).hexdigest(), name)
-               for path, name in zip(parts, ("z.jsonl", "a.jsonl.gz", "2/z.jsonl"), strict=True)]  # fmt: skip
-    listed = "".join(f"{digest}  {name}\n" for digest, name in sorted(digests, key=lambda one: one[1]))
-    assert entry_of(root)["input"] == {"files": 3, "sha256": hashlib.sha256(listed.encode()).hexdigest()}
+    names = ("z.jsonl", "a.jsonl.gz", "2/z.jsonl")
+    assert entry_of(root)["input"] == {"files": [
+        {"file": name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        for path, name in zip(parts, names, strict=True)]}  # fmt: skip
 
 
 def test_fingerprint_of_a_folder_is_what_sha256sum_prints(root, tmp_path):
@@ -190,6 +191,23 @@ def test_many_bad_lines_are_counted(root, docs, capsys):
     assert entry_of(root)["settings"]["skip_bad"] is True
 
 
+def test_when_all_are_bad_the_first_is_told(root, docs, capsys):
+    docs.write_bytes(b'{"content": "a"}\n' * 9)
+    assert build(docs, "--skip-bad") == 2
+    one_line_error(capsys, "no text in it: 9 bad, 0 blank", f'{docs}:1: not a JSON object with a string "text"')
+
+
+def test_file_names_that_are_not_utf8(root, tmp_path):
+    for i, text in enumerate(TEXTS):
+        (tmp_path / f"texts/{i}").mkdir(parents=True)
+        try:
+            Path(os.fsdecode(os.fsencode(tmp_path / f"texts/{i}/") + b"/\xff.txt")).write_text(text)
+        except OSError:
+            pytest.skip("this file system takes UTF-8 names only")
+    assert build(tmp_path / "texts", option="--text") == 0
+    assert entry_of(root)["stats"]["documents"] == 60
+
+
 def test_text_files_can_be_skipped_too(root, tmp_path, capsys):
     for i, text in enumerate(TEXTS):
         (tmp_path / f"{i}.txt").write_text(text)
@@ -240,7 +258,7 @@ def test_val_docs_must_leave_some(root, docs, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "part"), [
-    (("--docs-jsonl", "absent.jsonl"), "absent.jsonl: no such file"), (("--docs-jsonl", "."), ".: is a folder"),
+    (("--docs-jsonl", "absent.jsonl"), "absent.jsonl: no such file"), (("--docs-jsonl", "."), ".: not a regular file"),
     (("--tokenizer", "absent.model"), "--tokenizer absent.model: cannot be read (No such file or directory)"),
     (("--tokenizer", "text.txt"), "--tokenizer text.txt: not a SentencePiece model"),
     (("--tokenizer", "empty.model"), "--tokenizer empty.model: not a SentencePiece model"),
@@ -304,7 +322,7 @@ def test_what_the_tokenizer_is_trained_on(root, docs, monkeypatch, capsys):
     assert seen == TEXTS
     assert build(docs, "--tokenizer-train-docs", "30") == 0
     assert seen == TEXTS[:30]
-    assert "300 pieces, trained on 30 documents" in capsys.readouterr().out
+    assert "training 300 pieces on 30 documents" in capsys.readouterr().out
     assert build(docs, "--tokenizer-train-docs", "30", "--val-docs", "12") == 0
     assert seen == TEXTS[12:42]
     assert entry_of(root)["settings"]["tokenizer_train_docs"] == 30
@@ -312,6 +330,17 @@ def test_what_the_tokenizer_is_trained_on(root, docs, monkeypatch, capsys):
     assert build(docs) == 0
     assert seen == TEXTS[:40]
     assert prepare.build_parser().parse_args([]).tokenizer_train_docs == 20_000
+
+
+def test_long_lines_are_trained_on_in_pieces(root, docs, monkeypatch):
+    """SentencePiece leaves out what is longer than 4,192 bytes."""
+    seen = lines_trained_on(monkeypatch)
+    text = " ".join([document(i) for i in range(200)] + ["東" * 3000])
+    docs.write_bytes(jsonl([text, text]))
+    assert build(docs) == 0
+    assert "".join(seen) == text * 2
+    assert max(len(line.encode()) for line in seen) < 4192
+    assert len(seen) < len(text) // 400
 
 
 def test_settings_in_the_manifest_build_it_again(root, docs, tmp_path):
@@ -366,17 +395,16 @@ def test_shards_are_the_same_however_tokens_come(tmp_path_factory, parts, shard_
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_output_is_the_same_for_any_number_of_workers(root, docs, monkeypatch, workers):
-    monkeypatch.setattr(prepare, "BATCH_BYTES", 1_000)
+    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 1_000)
     assert build(docs, "--workers", str(workers)) == 0
     tokenizer = tokenizer_of(root)
     assert documents_of(root, "val") + documents_of(root, "train") == [tokenizer.encode(text) for text in TEXTS]
-    assert len(list(prepare.batches(prepare.jsonl_source([docs])))) > 10
+    assert len(list(prepare.batches(TEXTS))) > 10
 
 
-def test_a_bad_line_stops_the_workers(root, docs, monkeypatch, capsys, tmp_path):
-    """The first one by its place in the file is told, whichever worker meets one first."""
+def test_the_first_bad_line_is_told(root, docs, monkeypatch, capsys, tmp_path):
     (tmp_path / "some.model").write_bytes(model_proto())
-    monkeypatch.setattr(prepare, "BATCH_BYTES", 1_000)
+    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 1_000)
     docs.write_bytes(jsonl(TEXTS) + b"bad\n" + jsonl(TEXTS) + b"worse\n")
     assert build(docs, "--workers", "2", "--tokenizer", str(tmp_path / "some.model")) == 2
     one_line_error(capsys, f"error: {docs}:61: not JSON")
@@ -384,8 +412,8 @@ def test_a_bad_line_stops_the_workers(root, docs, monkeypatch, capsys, tmp_path)
 
 
 def test_all_cores_are_used_unless_told_otherwise():
-    assert prepare.build_parser().parse_args([]).workers == len(os.sched_getaffinity(0)) if hasattr(
-        os, "sched_getaffinity") else os.cpu_count()  # fmt: skip
+    expected = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert prepare.build_parser().parse_args([]).workers == expected
 
 
 @pytest.fixture
@@ -398,63 +426,31 @@ def copied(tmp_path) -> Path:
     return tmp_path
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "data/prepare.py", "--docs-jsonl", "docs.jsonl", "--tokenizer", "some.model", *arguments]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                            start_new_session=True)  # fmt: skip
-
-
-def workers_of(process: int) -> set[int]:
-    """The processes that it has started to encode (another one looks after what they share)."""
-    pids = {pid for path in Path(f"/proc/{process}/task").glob("*/children") for pid in path.read_text().split()}
-    return {int(pid) for pid in pids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()}
-
-
-def wait_for(condition, seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 @pytest.mark.slow
-class TestWorkers:
-    """Processes of the tool that end before their time."""
+class TestWhileItEncodes:
+    """The tool as a process, on some megabytes."""
 
-    def under_way(self, folder: Path, *arguments: str) -> subprocess.Popen:
-        process = start(folder, "--workers", "2", *arguments)
-        shard = folder / "data/.prepare_mytext_sp300/new/datasets/mytext_sp300/fineweb_train_000000.bin"
-        wait_for(lambda: process.poll() is not None or (shard.exists() and shard.stat().st_size > 0))
-        assert process.poll() is None
-        return process
-
-    def test_ctrl_c_ends_all_of_them_with_one_line(self, copied):
-        process = self.under_way(copied)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        err = process.communicate(timeout=20)[1]
+    @pytest.mark.parametrize("stage", ["training", "encoding"])
+    def test_ctrl_c_ends_it_with_one_line(self, copied, stage):
+        more = ["--tokenizer", "some.model"] if stage == "encoding" else ["--vocab-size", "5000"]
+        command = [sys.executable, "-u", "data/prepare.py", "--docs-jsonl", "docs.jsonl", *more]
+        process = subprocess.Popen(command, cwd=copied, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        if stage == "training":
+            assert process.stdout.readline().startswith("tokenizer: training 5000 pieces on 6000 documents")
+        else:
+            shard = copied / "data/.prepare_mytext_sp300/new/datasets/mytext_sp300/fineweb_train_000000.bin"
+            while process.poll() is None and not (shard.exists() and shard.stat().st_size > 0):
+                time.sleep(0.01)
+        start = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        err = process.communicate(timeout=60)[1]
+        assert time.monotonic() - start < (3 if hasattr(spm.SentencePieceProcessor, "encode_as_numpy") else 60)
         assert process.returncode == 130
         assert err == "interrupted: the data set was not built; run the same command again\n"
         assert [path.name for path in (copied / "data").iterdir()] == ["prepare.py"]
 
-    @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in Linux's /proc")
-    def test_a_worker_that_is_killed(self, copied):
-        process = self.under_way(copied)
-        os.kill(workers_of(process.pid).pop(), signal.SIGKILL)
-        check_one_line_error(process.communicate(timeout=20)[1], "a worker process was killed", "--workers")
-        assert process.returncode == 1
-        assert [path.name for path in (copied / "data").iterdir()] == ["prepare.py"]
-
-    @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in Linux's /proc")
-    def test_no_worker_outlives_the_tool(self, copied):
-        process = self.under_way(copied)
-        workers = workers_of(process.pid)
-        assert len(workers) == 2
-        process.kill()
-        process.communicate()
-        wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
-
     def test_memory_does_not_grow_with_the_input(self, copied):
-        """Of the largest of its processes, for one and for four times as much text."""
+        """For one and for four times as much text."""
         code = ("import subprocess, sys, resource\n"
                 "subprocess.run([sys.executable, 'data/prepare.py', *sys.argv[1:]], check=True)\n"
                 "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")

@@ -137,7 +137,7 @@ class TestPieces:
         client = types.ModuleType("huggingface_hub")
         calls, cache = [], tmp_path / "cache"
 
-        def hf_hub_download(*, repo_id, filename, subfolder=None, repo_type=None, **_):
+        def hf_hub_download(*, repo_id, filename, subfolder=None, repo_type=None):
             calls.append((repo_id, subfolder, filename, repo_type))
             return str(cache / (subfolder or "") / filename)
 
@@ -241,13 +241,14 @@ class TestPieces:
 
     def test_merging_manifests(self, fetch):
         """The hub's entries are the newer ones, but for those of what was built here, whatever its name."""
-        local = {"note": "mine", "datasets": [{"name": "sample", "made_by": "x"}, {"name": "a", "old": 1},
-                                              {"name": "b", "made_by": "x"}],
-                 "tokenizers": [{"name": "own"}]}  # fmt: skip
-        fetched = {"datasets": [{"name": "a", "new": 1}, {"name": "b", "new": 1}], "tokenizers": [{"name": "theirs"}]}
+        b = {"name": "b", "made_by": "x", "tokenizer_name": "t"}
+        local = {"note": "mine", "datasets": [{"name": "sample", "made_by": "x"}, {"name": "a", "old": 1}, b],
+                 "tokenizers": [{"name": "own"}, {"name": "t", "of": "b"}, {"name": "u", "old": 1}]}  # fmt: skip
+        fetched = {"datasets": [{"name": "a", "new": 1}, {"name": "b", "new": 1}],
+                   "tokenizers": [{"name": "theirs"}, {"name": "t"}, {"name": "u"}]}  # fmt: skip
         assert fetch.merged(local, fetched) == {
-            "note": "mine", "tokenizers": [{"name": "theirs"}, {"name": "own"}],
-            "datasets": [{"name": "a", "new": 1}, {"name": "b", "made_by": "x"}, {"name": "sample", "made_by": "x"}],
+            "note": "mine", "datasets": [{"name": "a", "new": 1}, b, {"name": "sample", "made_by": "x"}],
+            "tokenizers": [{"name": "theirs"}, {"name": "t", "of": "b"}, {"name": "u"}, {"name": "own"}],
         }  # fmt: skip
         assert fetch.merged({}, fetched) == fetched
 
@@ -306,16 +307,17 @@ def test_bytes_are_fetched_with_a_warning(clone, published):
 FAULTY = shard_name("train", 1)
 
 
-@pytest.mark.parametrize("faults", [
-    [500], [503, 429], [("HEAD", 500)], [("drop", 2000)], [("drop", 0), ("drop", 100), ("drop", 3000)],
-    [("short", 1024)], [("short", 5)],
+@pytest.mark.parametrize(("name", "faults"), [
+    (FAULTY, [500]), (FAULTY, [503, 429]), (FAULTY, [("HEAD", 500)]), (FAULTY, [("drop", 2000)]),
+    (FAULTY, [("drop", 0), ("drop", 100), ("drop", 3000)]), (FAULTY, [("short", 1024)]), (FAULTY, [("short", 5)]),
+    ("manifest.json", [("HEAD", 500)]), ("manifest.json", [500]), (f"{MODEL_FILE}.model", [("HEAD", 503)]),
 ], ids=str)  # fmt: skip
-def test_what_goes_wrong_for_a_while(clone, hub, published, faults):
+def test_what_goes_wrong_for_a_while(clone, hub, published, name, faults):
     """The client resumes what it can, and the script tries again."""
-    hub.faults[f"datasets/{FAULTY}"] = list(faults)
+    hub.faults[f"datasets/{name}"] = list(faults)
     done = clone.run("3")
     assert (done.returncode, done.stderr) == (0, "")
-    assert hub.faults[f"datasets/{FAULTY}"] == []
+    assert hub.faults[f"datasets/{name}"] == []
     assert without_manifest(clone.files()) == expected(published, 3)
 
 
@@ -384,6 +386,25 @@ class TestWhatCannotBeHad:
         clone.settings["MATCHED_FINEWEB_REPO_ID"] = "not/a/name"
         error_line(clone.run(), 1, "MATCHED_FINEWEB_REPO_ID=not/a/name")
 
+    def test_token_that_is_refused(self, clone, hub):
+        hub.status = 401
+        clone.settings["HF_TOKEN"] = "hf_stale"
+        error_line(clone.run(), 1, "bad token (HF_TOKEN")
+
+    def test_hub_that_does_not_answer(self, clone, hub):
+        hub.faults["datasets/manifest.json"] = [("HEAD", ("wait", threading.Event()))]
+        error_line(clone.run(code=SMALL_SHARDS.replace("f.FULL", "f.ANSWER_SECONDS = 0.5; f.FULL")), 1, hub.url,
+                   "cannot be reached")  # fmt: skip
+
+    def test_address_that_is_none(self, clone):
+        clone.settings["HF_ENDPOINT"] = "localhost:99"
+        error_line(clone.run(), 1, "HF_ENDPOINT=localhost:99: not an address")
+
+    def test_all_is_here_and_nobody_is_asked(self, clone):
+        assert clone.run("2").returncode == 0
+        clone.settings["HF_ENDPOINT"] = "http://127.0.0.1:9"
+        assert clone.run("2", "--skip-manifest").returncode == 0
+
     @pytest.mark.parametrize("arguments", [(), ("--skip-manifest",)])
     def test_nobody_there(self, clone, arguments):
         assert clone.run("2").returncode == 0
@@ -407,7 +428,10 @@ class TestWhatCannotBeHad:
         error_line(clone.run("--variant", "sp999"), 2, "fineweb10B_sp999", NAME)
         error_line(clone.run("--variant", "gpt2"), 2, "--variant gpt2", "sp<N>")
 
-    @pytest.mark.parametrize("content", [b"[]", b"no json", b'{"datasets": [1]}', b'{"datasets": 5}', b"\xff"])
+    @pytest.mark.parametrize("content", [
+        b"[]", b"no json", b'{"datasets": [1]}', b'{"datasets": 5}', b"\xff", b'{"datasets": [{}]}',
+        b'{"tokenizers": [{"name": "t", "path": ["a"]}]}',
+    ])  # fmt: skip
     def test_manifest_that_is_none(self, clone, hub, content):
         hub.files["datasets/manifest.json"] = content
         error_line(clone.run(), 2, "manifest.json")
@@ -419,7 +443,7 @@ class TestWhatCannotBeHad:
 
     @pytest.mark.parametrize("change", [
         {"stats": {"files_train": 1}}, {"stats": {"files_train": "1", "files_val": 1}}, {"stats": None},
-        {"tokenizer_name": "other"},
+        {"stats": [1]}, {"stats": {"files_train": 1, "files_val": -1}}, {"tokenizer_name": "other"},
     ], ids=str)  # fmt: skip
     def test_entry_that_lacks_something(self, clone, hub, change):
         manifest = {**MANIFEST, "datasets": [{**MANIFEST["datasets"][0], **change}]}
@@ -435,7 +459,8 @@ class TestWhatCannotBeHad:
         assert clone.run("4", code=code.replace("AMOUNT", f"{needed}")).returncode == 0
         assert clone.run("4", code=code.replace("AMOUNT", "0")).returncode == 0  # all is there
         (clone.data / FAULTY).write_bytes(b"half")
-        error_line(clone.run("4", code=code.replace("AMOUNT", "8999")), 1, "1 shards of 9 kB")
+        error_line(clone.run("4", code=code.replace("AMOUNT", "8999")), 1, "1 shard of 9 kB",
+                   "2 of 2 tokenizer files, 2 of 2 validation shards, 3 of 4 training shards")  # fmt: skip
 
     def test_a_full_shard_is_200_megabytes(self, clone):
         code = SMALL_SHARDS.replace("f.FULL_SHARD_BYTES = 9000", FREE.replace("AMOUNT", "10**9"))
@@ -465,6 +490,12 @@ def test_what_was_built_here_survives(clone, published):
     pair = str(clone.data / SHARDS), str(clone.data / "tokenizers/some_320.model")
     assert tg.validate_dataset_tokenizer_pair(*pair) == (NAME, 1, 12)
 
+    their_place = {"name": "s", "model_path": f"{MODEL_FILE}.model"}  # by chance a name that the hub uses, too
+    (clone.data / "manifest.json").write_text(json.dumps({"datasets": [sample], "tokenizers": [their_place]}))
+    before = clone.files()
+    error_line(clone.run("2"), 2, f"{MODEL_FILE}.model was built here, for sample_sp1024")
+    assert without_manifest(clone.files()) == without_manifest(before)
+
     shutil.rmtree(clone.data / "datasets")
     own = {**sample, "name": NAME}
     (clone.data / "manifest.json").write_text(json.dumps({**local, "datasets": [own]}))
@@ -473,13 +504,36 @@ def test_what_was_built_here_survives(clone, published):
     assert not (clone.data / "datasets").exists()
 
 
+def test_no_manifest_can_overwrite_the_tools(clone, hub):
+    hub.files["datasets/prepare.py"] = b"import evil"
+    tokenizer = {"name": "sp_bpe_320", "model_path": "prepare.py"}
+    hub.files["datasets/manifest.json"] = json.dumps({**MANIFEST, "tokenizers": [tokenizer]}).encode()
+    error_line(clone.run("1"), 2, "'prepare.py': not under tokenizers/")
+    assert not (clone.data / "prepare.py").exists()
+
+
+def test_defaults_need_no_settings(clone, hub):
+    """What fetched FineWeb is trained with is printed in full, unless the defaults say the same."""
+    names = {"fineweb10B_sp320": "fineweb10B_sp1024", "some_320": "fineweb_1024_bpe"}
+    for old, new in names.items():
+        hub.files = {path.replace(old, new): data.replace(old.encode(), new.encode()) if "manifest" in path else data
+                     for path, data in hub.files.items()}  # fmt: skip
+    done = clone.run("1", "--variant", "sp1024")
+    assert done.stdout.splitlines()[-1] == f"  {sys.executable} train_gpt_mlx.py"
+    clone.folder, clone.settings["PYTHONPATH"] = clone.folder.parent, str(clone.data)
+    done = clone.run("1", "--variant", "sp1024")
+    assert re.match(r"  DATA_PATH=\S+/datasets/fineweb10B_sp1024 TOKENIZER_PATH=\S+ VOCAB_SIZE=1024 ",
+                    done.stdout.splitlines()[-1])  # fmt: skip
+
+
 def test_manifest_as_it_is(clone, hub):
     error_line(clone.run("1", "--skip-manifest"), 2, "data/manifest.json: no such file")
     fewer = {**MANIFEST, "datasets": [{**MANIFEST["datasets"][0], "stats": {"files_train": 2, "files_val": 1}}]}
     (clone.data / "manifest.json").write_text(json.dumps(fewer))
     error_line(clone.run("3", "--skip-manifest"), 2, "has 2")
+    del hub.files["datasets/manifest.json"]
     assert clone.run("2", "--skip-manifest").returncode == 0
-    assert "datasets/manifest.json" not in hub.fetched()
+    assert "datasets/manifest.json" not in [path for _, path in hub.requests]
     assert sorted(path.name for path in (clone.data / SHARDS).iterdir()) == [
         f"fineweb_{kind}_{i:06d}.bin" for kind, i in (("train", 0), ("train", 1), ("val", 0))]  # fmt: skip
 

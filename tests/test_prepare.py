@@ -95,9 +95,9 @@ def test_running_again_gives_the_same_bytes_and_leaves_nothing_else(root, tmp_pa
 
 def test_order_is_kept_when_a_file_is_added(tmp_path):
     texts = write_texts(tmp_path / "texts")
-    before = list(prepare.texts(prepare.text_source([texts]), skip_bad=False))
+    before = list(prepare.documents(prepare.text_source([texts]), prepare.LeftOut(), skip_bad=False))
     (texts / "new.txt").write_text("something new")
-    after = list(prepare.texts(prepare.text_source([texts]), skip_bad=False))
+    after = list(prepare.documents(prepare.text_source([texts]), prepare.LeftOut(), skip_bad=False))
     assert len(before) == 12
     assert [document for document in after if document != "something new"] == before
 
@@ -147,6 +147,11 @@ def test_files_of_the_same_name_and_single_files(root, tmp_path):
     files = prepare.text_source([a, b, a / "text_1.txt"]).files
     assert len(files) == 13 + 13 + 1
     assert len(set(files.values())) == 26
+    (tmp_path / "c/1").mkdir(parents=True)
+    for path in ("c/x.txt", "c/1/x.txt", "d/x.txt"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(path)
+    assert len(prepare.text_source([tmp_path / "c", tmp_path / "d"]).files) == 3  # though "1/x.txt" is taken
     assert not any(".hidden" in name for name in files)
 
 
@@ -190,9 +195,10 @@ def test_unusable_texts_are_told_in_one_line_and_nothing_is_lost(root, tmp_path,
     one_line_error(capsys, "--val-tokens")
     assert build(texts / "text_1.txt") == 2
     one_line_error(capsys, "one file is one document")
-    (root / "manifest.json").write_text("[]")
-    assert build(texts) == 2
-    one_line_error(capsys, "manifest.json")
+    for content in ("[]", '{"datasets": ["x"]}', '{"tokenizers": 3}', "{"):
+        (root / "manifest.json").write_text(content)
+        assert build(texts) == 2
+        one_line_error(capsys, "manifest.json")
     (root / "manifest.json").write_bytes(before["manifest.json"])
     assert snapshot(root) == before
 
@@ -214,6 +220,16 @@ def test_a_data_set_of_another_origin_is_never_replaced(root, tmp_path, capsys):
     assert build(write_texts(tmp_path / "texts"), "--name", "fineweb10B") == 2
     one_line_error(capsys, "fineweb10B_sp300", "another name")
     assert precious.read_bytes() == b"16 GB of it"
+
+
+def test_a_tokenizer_of_another_origin_is_never_replaced(root, tmp_path, capsys):
+    """By its name: prepare.py --name fineweb would write the file that fetched FineWeb goes with."""
+    fetched = root / "tokenizers/fineweb_300_bpe.model"
+    fetched.parent.mkdir(parents=True)
+    fetched.write_bytes(b"FineWeb's")
+    assert build(write_texts(tmp_path / "texts"), "--name", "fineweb") == 2
+    one_line_error(capsys, str(fetched), "another name")
+    assert snapshot(root) == {"tokenizers/fineweb_300_bpe.model": b"FineWeb's"}
 
 
 @pytest.mark.parametrize(
@@ -422,8 +438,8 @@ def test_a_read_only_disk_is_told_in_one_line(small_disk, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("folder", ["datasets", "tokenizers"])
-def test_a_folder_that_takes_no_moved_files_keeps_its_old_ones(root, tmp_path, capsys, old_and_new, folder):
-    """A link to another file system refuses renames in both directions, as a folder without write permission does."""
+def test_a_folder_on_another_disk_is_told_of_before_the_work(root, tmp_path, capsys, old_and_new, folder):
+    """A file cannot be moved there as a whole."""
     elsewhere = Path("/dev/shm")
     if not elsewhere.is_dir() or elsewhere.stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("no second file system")
@@ -434,8 +450,8 @@ def test_a_folder_that_takes_no_moved_files_keeps_its_old_ones(root, tmp_path, c
         (root / folder).symlink_to(other)
         files = {name: root / name for name in old}
         capsys.readouterr()
-        assert build(texts, *IN_SHARDS) == 1
-        one_line_error(capsys, str(root / (SHARDS if folder == "datasets" else MODEL)), "Invalid cross-device link")
+        assert build(texts, *IN_SHARDS) == 2
+        one_line_error(capsys, f"{root / folder} is on another disk than {root}")
         assert {name: path.read_bytes() for name, path in files.items()} == old
         assert not list(root.glob(".prepare*"))
 
