@@ -201,9 +201,9 @@ def size_on_hub(relative_path: str) -> int | None:
         return None
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-    url = hf_hub_url(REPO_ID, relative_path, repo_type="dataset")
     for wait in (*SECONDS_BETWEEN_ATTEMPTS, None):
         try:
+            url = hf_hub_url(REPO_ID, relative_path, repo_type="dataset")
             return get_hf_file_metadata(url, timeout=ANSWER_SECONDS).size
         except Exception as error:
             text, again = explain(error, relative_path)
