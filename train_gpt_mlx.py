@@ -230,8 +230,8 @@ def help_text() -> str:
 LogFn = Callable[[str], Any]
 SHARD_MAGIC, SHARD_VERSION = 20240520, 1
 SHARD_HEADER_INTS = 256  # little-endian int32: magic, version, token count, then zeros
-HOW_TO_GET_DATA = ("`python data/cached_challenge_fineweb.py --train-shards 1` fetches some of FineWeb; or `python "
-                   "data/prepare.py` makes a sample, for DATA_PATH=data/datasets/sample_sp1024 "
+HOW_TO_GET_DATA = ("`.venv/bin/python data/cached_challenge_fineweb.py --train-shards 1` fetches some of FineWeb; or "
+                   "`.venv/bin/python data/prepare.py` makes a sample, for DATA_PATH=data/datasets/sample_sp1024 "
                    "TOKENIZER_PATH=data/tokenizers/sample_1024_bpe.model")
 
 def map_data_shard(path: Path | str, least: int = 0) -> np.ndarray:

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -30,7 +31,8 @@ try:
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
-    sys.exit(f"error: {error.name} is not installed: pip install -r requirements.txt")
+    sys.exit(f"error: {error.name} is not installed for {sys.executable}: use .venv/bin/python, which README.md makes, "
+             "or install requirements.txt there")  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent  # the data folder
 DATASETS_DIR = ROOT / "datasets"
@@ -60,6 +62,9 @@ NOBODY_THERE = {
 
 class FetchError(Exception):
     """Something cannot be fetched or stored. The message says what, and what to do."""
+
+
+GO_ON = "; run the same command again to go on"
 
 
 def dataset_dir_for_variant(name: str) -> str:
@@ -149,6 +154,7 @@ def explain(error: Exception, relative_path: str) -> tuple[str, bool]:
     kinds = {kind.__name__ for kind in type(error).__mro__}
     page = f"{hub()}/datasets/{REPO_ID}"
     status = getattr(getattr(error, "response", None), "status_code", None)
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
     if "GatedRepoError" in kinds:
         return f"{page} is gated: accept its terms on that page, then log in with `hf auth login`", False
     if "RepositoryNotFoundError" in kinds:
@@ -161,19 +167,20 @@ def explain(error: Exception, relative_path: str) -> tuple[str, bool]:
     if "LocalEntryNotFoundError" in kinds and error.__cause__ is not None:  # the client has tried again by itself
         return explain(error.__cause__, relative_path)[0], False
     if "EntryNotFoundError" in kinds and "LocalEntryNotFoundError" not in kinds:
-        return f"{page} has no file {relative_path}; check --variant and MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", False
+        is_manifest = relative_path == remote("manifest.json")
+        return f"{page} has no {relative_path}" + "; check MATCHED_FINEWEB_REMOTE_ROOT_PREFIX" * is_manifest, False
     if status is not None:
-        return f"{relative_path}: {hub()} answered with status {status}", status in (408, 429) or status >= 500
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        again = status in (408, 429) or status >= 500
+        return f"{relative_path}: {hub()} answered with status {status}{GO_ON if again else ''}", again
     if kinds & {"UnsupportedProtocol", "InvalidURL"}:
         return f"HF_ENDPOINT={hub()}: not an address, as https://huggingface.co ({text})", False
     if kinds & NOBODY_THERE:
-        return f"{hub()} cannot be reached ({text})", False
+        return f"{hub()} cannot be reached ({text}): check the connection, or set HF_ENDPOINT to a mirror{GO_ON}", False
     if isinstance(error, OSError) and error.errno is not None:
-        return f"{local_path_for_remote(relative_path)}: cannot be written: {error.strerror}", False
+        return f"{local_path_for_remote(relative_path)}: cannot be written: {error.strerror}{GO_ON}", False
     if isinstance(error, (TypeError, AttributeError)):
         raise error  # a client that this was not written for
-    return f"{relative_path}: {text}", True
+    return f"{relative_path}: {text}{GO_ON}", True
 
 
 class Received(tqdm):
@@ -266,7 +273,7 @@ def get(relative_path: str) -> None:
                     arrived = Path(hf_hub_download(repo_id=REPO_ID, filename=name.name, subfolder=subfolder,
                                                    repo_type="dataset", **options))  # fmt: skip
                     problem, again = problem_with_shard(arrived) if path.suffix == ".bin" else None, True
-                    text = f"{relative_path} {problem}, as it comes from {hub()}"
+                    text = f"{relative_path} {problem}, as it comes from {hub()}{GO_ON}"
                 except Exception as error:
                     problem = error
                     text, again = explain(error, relative_path)
@@ -277,7 +284,7 @@ def get(relative_path: str) -> None:
                 raise FetchError(text)
             time.sleep(wait)
     except OSError as error:
-        raise FetchError(f"{error.filename or path}: cannot be written: {error.strerror}") from None
+        raise FetchError(f"{error.filename or path}: cannot be written: {error.strerror}{GO_ON}") from None
 
 
 def install(arrived: Path, path: Path, folder: Path, merge: bool) -> None:
@@ -408,8 +415,8 @@ def select(manifest: dict, variant: str, train_shards: int) -> tuple[dict[str, l
     name = dataset_dir_for_variant(variant)
     entries = {entry["name"]: entry for entry in manifest.get("datasets", [])}
     if name not in entries:
-        there = ", ".join(sorted(entries)) or "nothing"
-        raise ValueError(f"--variant {variant}: the manifest has no {name}; it has {there}")
+        there = sorted(other.removeprefix("fineweb10B_") for other in entries if other.startswith("fineweb10B_"))
+        raise ValueError(f"--variant {variant}: the manifest has no {name}; it has {', '.join(there) or 'none'}")
     if "made_by" in entries[name]:
         raise ValueError(f"{DATASETS_DIR / name} was built here by {entries[name]['made_by']}: move it away, and its "
                          f"entry in {manifest_path()}, or build it under another name")  # fmt: skip
@@ -420,7 +427,7 @@ def select(manifest: dict, variant: str, train_shards: int) -> tuple[dict[str, l
         raise ValueError(f"the manifest's entry {name} lacks files_train or files_val, or its tokenizer is not listed")
     check_places(tokenizer, entries, tokenizers)
     if train_shards > counts["train"]:
-        raise ValueError(f"--train-shards {train_shards}: {name} has {counts['train']}")
+        raise ValueError(f"--train-shards {train_shards}: {name} has only {counts['train']} of them")
     counts["train"] = train_shards
     files = {"tokenizer file": [remote(path) for path in artifact_paths_for_tokenizer(tokenizer)]}
     for kind, count in counts.items():
@@ -478,13 +485,15 @@ def main() -> None:
     try:
         fetch(paths, sizes_to_fetch(paths), whole)
     except FetchError as error:
-        raise FetchError(f"{error}; here and whole: {complete(files, whole)}") from None
+        raise FetchError(f"{error} (here and whole: {complete(files, whole)})") from None
     except KeyboardInterrupt:
         sweep(paths)
         raise KeyboardInterrupt(f"here and whole: {complete(files, whole)}") from None
     print(f"{shown(DATASETS_DIR / name)}: {complete(files, whole)}")
     model = tokenizer.get("model_path") or ""
-    if model.endswith(".model"):
+    if args.train_shards == 0:
+        print("that is enough to score a model with EVAL_ARTIFACT; to train, --train-shards 1 fetches the first shard")
+    elif model.endswith(".model"):
         place = {"DATA_PATH": shown(DATASETS_DIR / name), "TOKENIZER_PATH": shown(local_path_for_remote(remote(model))),
                  "VOCAB_SIZE": args.variant.removeprefix("sp")}  # fmt: skip
         settings = "" if place == DEFAULTS else "".join(f"{key}={value} " for key, value in place.items())
@@ -505,17 +514,24 @@ def shown(path: Path) -> str:
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
+def interrupt_once(*_) -> None:
+    """End at the first Ctrl-C; a second one must not keep it from clearing up."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def command_line() -> int:
     """Exit status: 0 when all is here, 1 when something does not come, 2 for what the user can mend, 130 when
     interrupted. Each is told in one line."""
+    signal.signal(signal.SIGINT, interrupt_once)
     try:
         main()
     except KeyboardInterrupt as interruption:
         text = f"{interruption}" or "nothing new is here"
-        print(f"interrupted; {text}; run the same command again to go on", file=sys.stderr)
+        print(f"interrupted; {text}{GO_ON}", file=sys.stderr)
         return 130
     except FetchError as error:
-        print(f"error: {error}; run the same command again to go on", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)

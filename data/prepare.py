@@ -45,7 +45,8 @@ try:
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
-    sys.exit(f"error: {error.name} is not installed: pip install -r requirements.txt")
+    sys.exit(f"error: {error.name} is not installed for {sys.executable}: use .venv/bin/python, which README.md makes, "
+             "or install requirements.txt there")  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent  # the data folder: datasets/, tokenizers/ and manifest.json live in it
 SHARD_HEADER_INTS = 256  # little-endian int32: magic, version, token count, then zeros
@@ -57,6 +58,7 @@ BATCH_CHARACTERS = 2_000_000  # of text that is encoded at once; three batches a
 SENTENCE_CHARACTERS = 1000  # of a line to train on, at most: at 4 bytes each less than SentencePiece's bound
 TOKENIZER_TEXT_BYTES = 100_000_000  # most text to train a tokenizer on, which takes ten times as much memory
 BAD_ONES_TOLD = 5
+ONE_DOCUMENT = "one file is one document, and it cannot be both validation and training text: give several"
 
 
 class InputError(ValueError):
@@ -223,7 +225,7 @@ def documents(
             text = parse(source.kind, record)
         except ValueError as error:
             if not skip_bad:
-                raise InputError(f"{place}: {error}") from None
+                raise InputError(f"{place}: {error}; --skip-bad leaves such out") from None
             left_out.bad += 1
             left_out.first_bad = left_out.first_bad or f"{place}: {error}"
             if say is not None and left_out.bad <= BAD_ONES_TOLD:
@@ -313,7 +315,8 @@ def jsonl_source(paths: Iterable[Path]) -> Source:
     files: dict[str, Path] = {}
     for number, path in enumerate(paths):
         if not path.is_file():
-            raise InputError(f"--docs-jsonl {path}: {'not a regular file' if path.exists() else 'no such file'}")
+            what = "a folder, which --text takes" if path.is_dir() else "not a regular file" if path.exists() else None
+            raise InputError(f"--docs-jsonl {path}: {what or 'no such file'}")
         files[free_name(path.name, number, files)] = path
     return Source("jsonl", "--docs-jsonl", files)
 
@@ -360,7 +363,9 @@ def train_tokenizer(source: Source, args: argparse.Namespace, say: Callable[[str
     if failed:
         if not isinstance(failed[0], (RuntimeError, OSError)):
             raise failed[0]
-        raise InputError(f"--vocab-size {args.vocab_size}: SentencePiece cannot train on this text ({failed[0]})")
+        least = re.search(r"required_chars\. \d+ vs (\d+)", str(failed[0]))
+        why = f"this text needs at least {least[1]}" if least else f"SentencePiece cannot train on it ({failed[0]})"
+        raise InputError(f"--vocab-size {args.vocab_size}: {why}")
     pieces = spm.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
     if pieces != args.vocab_size:  # without the hard limit, a small text silently gives fewer
         raise InputError(
@@ -598,7 +603,7 @@ def nothing_to_train_on(source: Source, left_out: LeftOut, val: ShardWriter, arg
     if val.documents == 0:
         return no_text(left_out)
     if source.kind == "text" and val.documents == 1:
-        return "one file is one document, and it cannot be both validation and training text: give several"
+        return ONE_DOCUMENT
     setting = f"--val-docs {args.val_docs}" if args.val_docs else f"--val-tokens {args.val_tokens}"
     return (f"{setting}: the text's {val.documents} documents have {val.tokens} tokens, which leaves none to train on: "
             "give more text, or a smaller number")  # fmt: skip
@@ -698,6 +703,8 @@ def prepare(args: argparse.Namespace, say: Callable[[str], None] = print) -> Non
         source = jsonl_source(args.docs_jsonl)
     else:
         source = text_source(args.text) if args.text else library_source()
+    if source.kind == "text" and len(source.files) == 1:
+        raise InputError(ONE_DOCUMENT)
     model = model or train_tokenizer(source, args, say)
     staging = ROOT / f".prepare_{dataset_name}"
     shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
@@ -722,6 +729,8 @@ def prepare(args: argparse.Namespace, say: Callable[[str], None] = print) -> Non
     for kind in ("train", "val"):
         say(f"{kind}: {stats[f'documents_{kind}']} documents, {stats[f'tokens_{kind}']:,} tokens, "
             f"{stats[f'files_{kind}']} shard(s)")
+    if stats["tokens_val"] > stats["tokens_train"] / 4:
+        say("that is much validation for so little training: --val-tokens or --val-docs takes less")
     say("train on it with (default settings suit a GPU; for a CPU, add the small ones of the README's first command):")
     say(f"  DATA_PATH={shown(ROOT / 'datasets' / dataset_name)} TOKENIZER_PATH={shown(ROOT / tokenizer['model_path'])} "
         f"VOCAB_SIZE={args.vocab_size} {shown(Path(sys.executable))} train_gpt_mlx.py")
@@ -762,4 +771,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # and not sys.exit, at which a thread that SentencePiece calls Python from would abort

@@ -258,7 +258,8 @@ def test_val_docs_must_leave_some(root, docs, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "part"), [
-    (("--docs-jsonl", "absent.jsonl"), "absent.jsonl: no such file"), (("--docs-jsonl", "."), ".: not a regular file"),
+    (("--docs-jsonl", "absent.jsonl"), "absent.jsonl: no such file"),
+    (("--docs-jsonl", "."), ".: a folder, which --text takes"),
     (("--tokenizer", "absent.model"), "--tokenizer absent.model: cannot be read (No such file or directory)"),
     (("--tokenizer", "text.txt"), "--tokenizer text.txt: not a SentencePiece model"),
     (("--tokenizer", "empty.model"), "--tokenizer empty.model: not a SentencePiece model"),
@@ -393,6 +394,56 @@ def test_shards_are_the_same_however_tokens_come(tmp_path_factory, parts, shard_
         assert tg.load_data_shard(path).tolist() == tokens[i * shard_tokens : (i + 1) * shard_tokens].tolist()
 
 
+def test_validation_over_several_batches_is_one_shard(root, docs, monkeypatch):
+    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 1_000)
+    assert build(docs, "--val-docs", "20") == 0
+    shards = sorted(path.name for path in (root / "datasets/mytext_sp300").iterdir())
+    assert shards == ["fineweb_train_000000.bin", "fineweb_val_000000.bin"]
+    assert len(documents_of(root, "val")) == 20
+    assert entry_of(root)["settings"]["val_docs"] == 20
+    assert "val_tokens" not in entry_of(root)["settings"]
+
+
+def test_validation_does_not_resume_after_training_began(root, docs, tmp_path, monkeypatch):
+    """Not even by a document short enough to come closer to --val-tokens than the long one before it."""
+    (tmp_path / "some.model").write_bytes(model_proto())
+    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 1)
+    docs.write_bytes(jsonl([TEXTS[0], " ".join(TEXTS[1:9]), "a", *TEXTS[9:]]))
+    first = 1 + len(spm.SentencePieceProcessor(model_proto=model_proto()).encode(TEXTS[0]))
+    assert build(docs, "--val-tokens", str(first + 2), "--tokenizer", str(tmp_path / "some.model")) == 0
+    assert len(documents_of(root, "val")) == 1
+
+
+def test_too_small_a_vocabulary_is_told_the_least(root, docs, capsys):
+    assert build(docs, "--vocab-size", "265") == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: --vocab-size 265: this text needs at least ")
+    assert build(docs, "--vocab-size", told.split()[-1]) == 0
+
+
+def test_recipe(root, docs, monkeypatch):
+    given, real = {}, spm.SentencePieceTrainer.train
+
+    def train(**options):
+        given.update(options)
+        return real(**options)
+
+    monkeypatch.setattr(prepare.spm.SentencePieceTrainer, "train", train)
+    assert build(docs) == 0
+    assert (given["model_type"], given["character_coverage"], given["byte_fallback"]) == ("bpe", 0.999, True)
+    assert given["normalization_rule_name"] == "nmt_nfkc"
+
+
+def test_a_tokenizer_that_counts_from_its_begin_of_document(root, docs, tmp_path):
+    (tmp_path / "some.model").write_bytes(model_proto(bos_id=0, unk_id=1, eos_id=2))
+    assert build(docs, "--tokenizer", str(tmp_path / "some.model")) == 0
+    assert tokens_of(root, "val")[0] == 0
+
+
+def test_parsing_text():
+    assert prepare.parse("text", b"a\rb\r\nc\n") == "a\nb\nc\n"
+
+
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_output_is_the_same_for_any_number_of_workers(root, docs, monkeypatch, workers):
     monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 1_000)
@@ -427,15 +478,20 @@ def copied(tmp_path) -> Path:
 
 
 @pytest.mark.slow
-class TestWhileItEncodes:
+class TestWhileItWorks:
     """The tool as a process, on some megabytes."""
 
-    @pytest.mark.parametrize("stage", ["training", "encoding"])
+    @pytest.mark.parametrize("stage", ["reading", "training", "encoding"])
     def test_ctrl_c_ends_it_with_one_line(self, copied, stage):
         more = ["--tokenizer", "some.model"] if stage == "encoding" else ["--vocab-size", "5000"]
         command = [sys.executable, "-u", "data/prepare.py", "--docs-jsonl", "docs.jsonl", *more]
         process = subprocess.Popen(command, cwd=copied, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        if stage == "training":
+        if stage == "reading":
+            opened = Path(f"/proc/{process.pid}/fd")
+            while opened.exists() and str(copied / "docs.jsonl") not in map(os.path.realpath, opened.iterdir()):
+                time.sleep(0.01)
+            time.sleep(0.01 if opened.exists() else 0.7)
+        elif stage == "training":
             assert process.stdout.readline().startswith("tokenizer: training 5000 pieces on 6000 documents")
         else:
             shard = copied / "data/.prepare_mytext_sp300/new/datasets/mytext_sp300/fineweb_train_000000.bin"

@@ -239,6 +239,61 @@ class TestPieces:
         names = expected(published, 3, "docs_selected.jsonl", "docs_selected.source_manifest.json")
         assert sorted(asked) == sorted(f"datasets/{name}" for name in names)
 
+    def test_only_the_client_itself_gets_more_than_its_basic_arguments(self, fetch, monkeypatch):
+        """A folder to put the file in, and a bar that is counted in the one bar of all."""
+        given = []
+
+        def real(**options):
+            given.append(options)
+            source = Path(options["local_dir"]) / "source"
+            source.write_bytes(b"some model")
+            return str(source)
+
+        real.__module__ = "huggingface_hub.file_download"
+        monkeypatch.setattr(fetch, "hf_hub_download", real)
+        fetch.get("datasets/tokenizers/t.model")
+        assert given[0]["tqdm_class"] is fetch.Received
+        assert (fetch.ROOT / "toks/t.model").read_bytes() == b"some model"
+
+    def test_files_are_on_the_disk_before_they_take_their_name(self, fetch, monkeypatch, tmp_path):
+        (tmp_path / "in").mkdir()
+        (tmp_path / "in/a").write_bytes(b"x" * 9)
+        synced, inode = [], (tmp_path / "in/a").stat().st_ino
+        monkeypatch.setattr(fetch.os, "fsync", lambda number: synced.append(os.fstat(number).st_ino))
+        fetch.install(tmp_path / "in/a", tmp_path / "a", tmp_path / "in", merge=False)
+        assert synced == [inode] == [(tmp_path / "a").stat().st_ino]
+
+    def test_what_is_tried_again(self, fetch):
+        class Answer(Exception):
+            def __init__(self, status):
+                self.response = types.SimpleNamespace(status_code=status)
+
+        statuses = {403: False, 404: False, 408: True, 429: True, 500: True, 503: True}
+        assert {status: fetch.explain(Answer(status), "f")[1] for status in statuses} == statuses
+        nobody = type("ConnectError", (Exception,), {})
+        missing = type("EntryNotFoundError", (Exception,), {})
+        assert [fetch.explain(error("x"), "f")[1] for error in (nobody, missing)] == [False, False]
+        assert len(fetch.SECONDS_BETWEEN_ATTEMPTS) == 3
+
+    def test_a_manifest_of_the_same_size_is_fetched_too(self, fetch):
+        for text in ('{"datasets": [{"name": "a"}]}', '{"datasets": [{"name": "b"}]}'):
+            (fetch.cache / "datasets").mkdir(parents=True, exist_ok=True)
+            (fetch.cache / "datasets/manifest.json").write_text(text)
+            fetch.load_manifest(skip_manifest_download=False)
+        assert [entry["name"] for entry in fetch.read_manifest(fetch.manifest_path())["datasets"]] == ["b", "a"]
+
+    def test_an_empty_file_is_never_good(self, fetch, tmp_path):
+        (tmp_path / "t.model").write_bytes(b"")
+        assert not fetch.is_good(tmp_path / "t.model", "t.model")
+
+    def test_free_space_is_that_of_where_files_go(self, fetch, monkeypatch, tmp_path):
+        asked = []
+        plenty = types.SimpleNamespace(free=10**12)
+        monkeypatch.setattr(fetch.shutil, "disk_usage", lambda path: asked.append(path) or plenty)
+        fetch.DATASETS_DIR.mkdir(parents=True)
+        assert fetch.sizes_to_fetch(["datasets/datasets/x/fineweb_val_000000.bin"])
+        assert asked == [fetch.DATASETS_DIR]
+
     def test_merging_manifests(self, fetch):
         """The hub's entries are the newer ones, but for those of what was built here, whatever its name."""
         b = {"name": "b", "made_by": "x", "tokenizer_name": "t"}
@@ -273,6 +328,19 @@ def test_everything_comes_and_the_second_time_only_the_manifest(clone, hub, publ
         assert without_manifest(clone.files()) == expected(published, count)
 
 
+def test_as_a_script_into_a_pipe(clone):
+    """What it says is not lost when it ends."""
+    (clone.data / ".incoming_left").mkdir()
+    code = SMALL_SHARDS.split("f.FULL")[0] + FREE.replace("AMOUNT", "10**12") + "; import runpy; sys.argv.pop(0); "
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", code, "data/cached_challenge_fineweb.py", "--variant", "sp320", "0"]
+    done = subprocess.run(command, cwd=clone.folder, env=clone.environment(), capture_output=True, text=True,
+                          check=False)  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "2 of 2 validation shards" in done.stdout
+    assert not (clone.data / ".incoming_left").exists()
+
+
 def test_several_at_a_time_and_in_order(clone, hub, published):
     hub.delay = 0.2
     assert clone.run("12").returncode == 0
@@ -283,7 +351,10 @@ def test_several_at_a_time_and_in_order(clone, hub, published):
 
 
 def test_documents_come_when_asked_for(clone, published):
-    assert clone.run("0", "--with-docs").returncode == 0
+    done = clone.run("0", "--with-docs")
+    assert done.returncode == 0
+    assert "EVAL_ARTIFACT" in done.stdout
+    assert "train_gpt_mlx.py" not in done.stdout
     more = ("docs_selected.jsonl", "docs_selected.source_manifest.json")
     assert without_manifest(clone.files()) == expected(published, 0, *more)
 
@@ -359,18 +430,22 @@ class TestWhatCannotBeHad:
 
     def test_missing_file(self, clone, hub):
         del hub.files[f"datasets/{FAULTY}"]
-        error_line(clone.run("3"), 1, "has no file", FAULTY, "2 of 2 tokenizer files", "2 of 3 training shards",
-                   "run the same command again")  # fmt: skip
+        done = clone.run("3")
+        error_line(done, 1, f"has no datasets/{FAULTY} (", "2 of 2 tokenizer files", "2 of 3 training shards")
+        assert "again" not in done.stderr  # it would not help
+        clone.settings["MATCHED_FINEWEB_REMOTE_ROOT_PREFIX"] = "elsewhere"
+        error_line(clone.run("3"), 1, "has no elsewhere/manifest.json", "MATCHED_FINEWEB_REMOTE_ROOT_PREFIX")
 
     def test_server_that_does_not_recover(self, clone, hub):
         hub.faults[f"datasets/{FAULTY}"] = [500] * 9
-        error_line(clone.run("3", code=NO_WAIT), 1, FAULTY, "status 500", "2 of 3 training shards")
+        error_line(clone.run("3", code=NO_WAIT), 1, FAULTY, "status 500; run the same command again",
+                   "2 of 3 training shards")  # fmt: skip
         assert len(hub.faults[f"datasets/{FAULTY}"]) == 6
 
     def test_after_the_first_error_no_more_are_begun(self, clone, hub):
         hub.delay = 0.1
         del hub.files[f"datasets/{shard_name('val', 0)}"]
-        error_line(clone.run("12"), 1, "has no file")
+        error_line(clone.run("12"), 1, "has no datasets/")
         assert len(hub.fetched()) < 12
 
     def test_gated(self, clone, hub):
@@ -420,12 +495,12 @@ class TestWhatCannotBeHad:
         error_line(clone.run("3", code=NO_WAIT.replace("(0, 0)", "()")), 1, FAULTY, "2 of 3 training shards")
 
     def test_more_shards_than_there_are(self, clone, hub):
-        error_line(clone.run("13"), 2, "--train-shards 13", f"{NAME} has 12")
+        error_line(clone.run("13"), 2, "--train-shards 13", f"{NAME} has only 12")
         error_line(clone.run(), 2, "--train-shards 80")
         assert set(hub.fetched()) == {"datasets/manifest.json"}
 
     def test_unknown_variant(self, clone):
-        error_line(clone.run("--variant", "sp999"), 2, "fineweb10B_sp999", NAME)
+        error_line(clone.run("--variant", "sp999"), 2, "fineweb10B_sp999; it has byte260, sp320\n")
         error_line(clone.run("--variant", "gpt2"), 2, "--variant gpt2", "sp<N>")
 
     @pytest.mark.parametrize("content", [
@@ -530,7 +605,7 @@ def test_manifest_as_it_is(clone, hub):
     error_line(clone.run("1", "--skip-manifest"), 2, "data/manifest.json: no such file")
     fewer = {**MANIFEST, "datasets": [{**MANIFEST["datasets"][0], "stats": {"files_train": 2, "files_val": 1}}]}
     (clone.data / "manifest.json").write_text(json.dumps(fewer))
-    error_line(clone.run("3", "--skip-manifest"), 2, "has 2")
+    error_line(clone.run("3", "--skip-manifest"), 2, "has only 2")
     del hub.files["datasets/manifest.json"]
     assert clone.run("2", "--skip-manifest").returncode == 0
     assert "datasets/manifest.json" not in [path for _, path in hub.requests]
@@ -552,6 +627,8 @@ def test_interrupted(clone, hub, published, signal_sent):
         time.sleep(0.01)
     start = time.monotonic()
     process.send_signal(signal_sent)
+    if signal_sent == signal.SIGINT:
+        process.send_signal(signal_sent)  # again: it may not disturb the clearing up
     err = process.communicate(timeout=10)[1]
     assert time.monotonic() - start < 3
     go_on.set()
@@ -587,7 +664,7 @@ def test_without_the_client_it_says_what_to_install(clone):
     (clone.data / "huggingface_hub.py").write_text("raise ModuleNotFoundError(name='huggingface_hub')")
     done = subprocess.run([sys.executable, "data/cached_challenge_fineweb.py"], cwd=clone.folder, capture_output=True,
                           text=True, check=False)  # fmt: skip
-    error_line(done, 1, "huggingface_hub is not installed: pip install -r requirements.txt")
+    error_line(done, 1, "huggingface_hub is not installed for", "install requirements.txt")
 
 
 def test_shards_are_checked_as_the_training_script_does(tmp_path):

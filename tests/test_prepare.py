@@ -102,6 +102,12 @@ def test_order_is_kept_when_a_file_is_added(tmp_path):
     assert [document for document in after if document != "something new"] == before
 
 
+def test_order_is_the_same_on_every_machine():
+    """By the hash of "1337" and the name: what a published score was made with must be found again."""
+    names = dict.fromkeys(f"{i}.txt" for i in range(6))
+    assert list(prepare.shuffled(names)) == ["3.txt", "0.txt", "1.txt", "4.txt", "2.txt", "5.txt"]
+
+
 def test_small_shards_and_a_rebuild_with_fewer(root, tmp_path):
     texts = write_texts(tmp_path / "texts")
     assert build(texts) == 0
@@ -152,6 +158,10 @@ def test_files_of_the_same_name_and_single_files(root, tmp_path):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_text(path)
     assert len(prepare.text_source([tmp_path / "c", tmp_path / "d"]).files) == 3  # though "1/x.txt" is taken
+    for path in ("e/a/.x", "e/a/.git/y", "e/a/z"):  # hidden ones at any depth
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(path)
+    assert list(prepare.text_source([tmp_path / "e"]).files) == ["a/z"]
     assert not any(".hidden" in name for name in files)
 
 
@@ -178,12 +188,13 @@ def test_unusable_texts_are_told_in_one_line_and_nothing_is_lost(root, tmp_path,
     (tmp_path / "blank").mkdir()
     assert build(tmp_path / "blank") == 2
     one_line_error(capsys, "blank", "no files")
-    (tmp_path / "blank/a.txt").write_text("\n \t\n")
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "blank" / name).write_text("\n \t\n")
     assert build(tmp_path / "blank") == 2
     one_line_error(capsys, "empty")
     (texts / "binary.txt").write_bytes(b"abc\xff\xfe")
     assert build(texts) == 2
-    one_line_error(capsys, "binary.txt", "not UTF-8", "byte 3")
+    one_line_error(capsys, "binary.txt", "not UTF-8", "byte 3", "--skip-bad")
     (texts / "binary.txt").unlink()
     assert build(texts, "--vocab-size", "5000") == 2
     one_line_error(capsys, "--vocab-size 5000")
@@ -220,6 +231,9 @@ def test_a_data_set_of_another_origin_is_never_replaced(root, tmp_path, capsys):
     assert build(write_texts(tmp_path / "texts"), "--name", "fineweb10B") == 2
     one_line_error(capsys, "fineweb10B_sp300", "another name")
     assert precious.read_bytes() == b"16 GB of it"
+    (root / "manifest.json").write_text(json.dumps({"datasets": [{"name": "fineweb10B_sp300"}], "tokenizers": []}))
+    assert build(write_texts(tmp_path / "texts"), "--name", "fineweb10B") == 2  # listed, as what was fetched is
+    assert precious.read_bytes() == b"16 GB of it"
 
 
 def test_a_tokenizer_of_another_origin_is_never_replaced(root, tmp_path, capsys):
@@ -239,6 +253,20 @@ def test_command_line_errors(root, argument, capsys):
     with pytest.raises(SystemExit, match="2"):
         prepare.main(list(argument))
     assert argument[0] in capsys.readouterr().err
+
+
+def test_defaults():
+    args = prepare.build_parser().parse_args([])
+    assert (args.val_tokens, args.val_docs, args.shard_tokens, args.skip_bad) == (100_000, None, 100_000_000, False)
+    prepare.check_settings("x", 65_536)
+
+
+def test_what_a_killed_build_left_is_not_mixed_in(root, tmp_path):
+    left = root / ".prepare_mytext_sp300/new/datasets/mytext_sp300/fineweb_train_000009.bin"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"of another text")
+    assert build(write_texts(tmp_path / "texts")) == 0
+    assert len(list((root / "datasets/mytext_sp300").iterdir())) == 2
 
 
 SHARDS, MODEL = "datasets/mytext_sp300", "tokenizers/mytext_300_bpe.model"
