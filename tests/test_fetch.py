@@ -313,6 +313,7 @@ class TestPieces:
         assert fetch.in_words(size) == words
 
 
+@pytest.mark.slow
 def test_everything_comes_and_the_second_time_only_the_manifest(clone, hub, published):
     done = clone.run("--train-shards", "10")
     assert (done.returncode, done.stderr) == (0, "")
@@ -328,6 +329,7 @@ def test_everything_comes_and_the_second_time_only_the_manifest(clone, hub, publ
         assert without_manifest(clone.files()) == expected(published, count)
 
 
+@pytest.mark.slow
 def test_as_a_script_into_a_pipe(clone):
     """What it says is not lost when it ends."""
     (clone.data / ".incoming_left").mkdir()
@@ -341,6 +343,7 @@ def test_as_a_script_into_a_pipe(clone):
     assert not (clone.data / ".incoming_left").exists()
 
 
+@pytest.mark.slow
 def test_several_at_a_time_and_in_order(clone, hub, published):
     hub.delay = 0.2
     assert clone.run("12").returncode == 0
@@ -350,6 +353,7 @@ def test_several_at_a_time_and_in_order(clone, hub, published):
     assert without_manifest(clone.files()) == expected(published, 12)
 
 
+@pytest.mark.slow
 def test_documents_come_when_asked_for(clone, published):
     done = clone.run("0", "--with-docs")
     assert done.returncode == 0
@@ -360,6 +364,7 @@ def test_documents_come_when_asked_for(clone, published):
 
 
 @pytest.mark.parametrize("prefix", ["", "some/where/deep"])
+@pytest.mark.slow
 def test_another_prefix(clone, hub, published, prefix):
     hub.files = {f"{prefix}/{path}".lstrip("/"): data for path, data in published.items()}
     clone.settings["MATCHED_FINEWEB_REMOTE_ROOT_PREFIX"] = prefix
@@ -367,6 +372,7 @@ def test_another_prefix(clone, hub, published, prefix):
     assert without_manifest(clone.files()) == expected(published, 1)
 
 
+@pytest.mark.slow
 def test_bytes_are_fetched_with_a_warning(clone, published):
     done = clone.run("1", "--variant", "byte260")
     assert done.returncode == 0
@@ -383,6 +389,7 @@ FAULTY = shard_name("train", 1)
     (FAULTY, [("drop", 0), ("drop", 100), ("drop", 3000)]), (FAULTY, [("short", 1024)]), (FAULTY, [("short", 5)]),
     ("manifest.json", [("HEAD", 500)]), ("manifest.json", [500]), (f"{MODEL_FILE}.model", [("HEAD", 503)]),
 ], ids=str)  # fmt: skip
+@pytest.mark.slow
 def test_what_goes_wrong_for_a_while(clone, hub, published, name, faults):
     """The client resumes what it can, and the script tries again."""
     hub.faults[f"datasets/{name}"] = list(faults)
@@ -400,6 +407,7 @@ NO_WAIT = SMALL_SHARDS.replace("sys.exit", "f.SECONDS_BETWEEN_ATTEMPTS = (0, 0);
     lambda data: data[:-2], lambda data: data + b"\0\0", lambda data: data[:1000], lambda data: b"",
     lambda data: b"\0" * 1024 + data[1024:], lambda data: data[:4] + b"\2" + data[5:], lambda data: b"<html>not found",
 ], ids=["short", "long", "no header", "empty", "magic", "version", "page"])  # fmt: skip
+@pytest.mark.slow
 def test_a_shard_that_is_none_is_never_used(clone, hub, published, damage):
     """Not when it comes so from the hub, nor when it lies here: then a whole one takes its place."""
     good, hub.files[f"datasets/{FAULTY}"] = published[FAULTY], damage(published[FAULTY])
@@ -417,6 +425,7 @@ def test_a_shard_that_is_none_is_never_used(clone, hub, published, damage):
 
 
 @pytest.mark.parametrize("half", [b"", b"half a model"])
+@pytest.mark.slow
 def test_half_a_tokenizer_is_fetched_anew(clone, published, half):
     (clone.data / "tokenizers").mkdir()
     (clone.data / "tokenizers/some_320.model").write_bytes(half)
@@ -425,6 +434,7 @@ def test_half_a_tokenizer_is_fetched_anew(clone, published, half):
     assert without_manifest(clone.files()) == expected(published, 0)
 
 
+@pytest.mark.slow
 class TestWhatCannotBeHad:
     """One line, a status that is not 0, and what is here already."""
 
@@ -553,6 +563,7 @@ class TestWhatCannotBeHad:
         assert sorted(path.name for path in small_disk.iterdir()) == [NAME]
 
 
+@pytest.mark.slow
 def test_what_was_built_here_survives(clone, published):
     """In the manifest and on the disk; and a data set of the same name is not mixed with the hub's."""
     sample = {"name": "sample_sp1024", "tokenizer_name": "s", "made_by": "data/prepare.py", "stats": {"files_train": 1}}
@@ -579,6 +590,7 @@ def test_what_was_built_here_survives(clone, published):
     assert not (clone.data / "datasets").exists()
 
 
+@pytest.mark.slow
 def test_no_manifest_can_overwrite_the_tools(clone, hub):
     hub.files["datasets/prepare.py"] = b"import evil"
     tokenizer = {"name": "sp_bpe_320", "model_path": "prepare.py"}
@@ -587,6 +599,7 @@ def test_no_manifest_can_overwrite_the_tools(clone, hub):
     assert not (clone.data / "prepare.py").exists()
 
 
+@pytest.mark.slow
 def test_defaults_need_no_settings(clone, hub):
     """What fetched FineWeb is trained with is printed in full, unless the defaults say the same."""
     names = {"fineweb10B_sp320": "fineweb10B_sp1024", "some_320": "fineweb_1024_bpe"}
@@ -601,6 +614,7 @@ def test_defaults_need_no_settings(clone, hub):
                     done.stdout.splitlines()[-1])  # fmt: skip
 
 
+@pytest.mark.slow
 def test_manifest_as_it_is(clone, hub):
     error_line(clone.run("1", "--skip-manifest"), 2, "data/manifest.json: no such file")
     fewer = {**MANIFEST, "datasets": [{**MANIFEST["datasets"][0], "stats": {"files_train": 2, "files_val": 1}}]}
@@ -614,6 +628,7 @@ def test_manifest_as_it_is(clone, hub):
 
 
 @pytest.mark.parametrize("signal_sent", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.slow
 def test_interrupted(clone, hub, published, signal_sent):
     """Only whole files are left, and the next run goes on; after SIGKILL it also removes what was left half."""
     go_on = threading.Event()
@@ -650,6 +665,7 @@ def test_interrupted(clone, hub, published, signal_sent):
     assert not list(clone.data.rglob(".incoming_*"))
 
 
+@pytest.mark.slow
 def test_interrupted_before_anything_is_here(clone, hub):
     hub.faults["datasets/manifest.json"] = [("HEAD", ("wait", threading.Event()))]
     process = clone.start()
@@ -660,6 +676,7 @@ def test_interrupted_before_anything_is_here(clone, hub):
     assert process.returncode == 130
 
 
+@pytest.mark.slow
 def test_without_the_client_it_says_what_to_install(clone):
     (clone.data / "huggingface_hub.py").write_text("raise ModuleNotFoundError(name='huggingface_hub')")
     done = subprocess.run([sys.executable, "data/cached_challenge_fineweb.py"], cwd=clone.folder, capture_output=True,
