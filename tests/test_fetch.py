@@ -82,7 +82,7 @@ class Clone:
         return self.folder / "data"
 
     def environment(self) -> dict[str, str]:
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "MATCHED_"))}
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "MATCHED_", "PYTHON"))}
         return {**kept, "HF_ENDPOINT": self.hub.url, "MATCHED_FINEWEB_REPO_ID": self.hub.repo, "PYTHONPATH": "data",
                 "HF_HOME": str(self.folder / "hf_home"), **self.settings}  # fmt: skip
 
@@ -262,6 +262,13 @@ class TestPieces:
         monkeypatch.setattr(fetch.os, "fsync", lambda number: synced.append(os.fstat(number).st_ino))
         fetch.install(tmp_path / "in/a", tmp_path / "a", tmp_path / "in", merge=False)
         assert synced == [inode] == [(tmp_path / "a").stat().st_ino]
+
+    def test_a_second_ctrl_c_is_ignored(self, fetch, monkeypatch):
+        set_to = []
+        monkeypatch.setattr(fetch.signal, "signal", lambda *arguments: set_to.append(arguments))
+        with pytest.raises(KeyboardInterrupt):
+            fetch.interrupt_once(signal.SIGINT, None)
+        assert set_to == [(signal.SIGINT, signal.SIG_IGN)]
 
     def test_what_is_tried_again(self, fetch):
         class Answer(Exception):
