@@ -117,7 +117,7 @@ def without_manifest(files: dict[str, bytes]) -> dict[str, bytes]:
     return {name: data for name, data in files.items() if name != "manifest.json"}
 
 
-def error_line(done: subprocess.CompletedProcess, code: int, *parts: str) -> None:
+def assert_error_line(done: subprocess.CompletedProcess, code: int, *parts: str) -> None:
     assert done.returncode == code, done.stderr
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
@@ -418,12 +418,12 @@ NO_WAIT = SMALL_SHARDS.replace("sys.exit", "f.SECONDS_BETWEEN_ATTEMPTS = (0, 0);
 def test_a_shard_that_is_none_is_never_used(clone, hub, published, damage):
     """Not when it comes so from the hub, nor when it lies here: then a whole one takes its place."""
     good, hub.files[f"datasets/{FAULTY}"] = published[FAULTY], damage(published[FAULTY])
-    error_line(clone.run("3", code=NO_WAIT), 1, FAULTY, "2 of 3 training shards")
+    assert_error_line(clone.run("3", code=NO_WAIT), 1, FAULTY, "2 of 3 training shards")
     assert hub.fetched().count(f"datasets/{FAULTY}") == 3 or not damage(good)  # nothing of it need be asked for
     assert without_manifest(clone.files()) == {k: v for k, v in expected(published, 3).items() if k != FAULTY}
 
     (clone.data / FAULTY).write_bytes(damage(good))
-    error_line(clone.run("3", code=NO_WAIT), 1, FAULTY, "2 of 3 training shards")
+    assert_error_line(clone.run("3", code=NO_WAIT), 1, FAULTY, "2 of 3 training shards")
     hub.files[f"datasets/{FAULTY}"] = good
     done = clone.run("3")
     assert done.returncode == 0
@@ -448,49 +448,49 @@ class TestWhatCannotBeHad:
     def test_missing_file(self, clone, hub):
         del hub.files[f"datasets/{FAULTY}"]
         done = clone.run("3")
-        error_line(done, 1, f"has no datasets/{FAULTY} (", "2 of 2 tokenizer files", "2 of 3 training shards")
+        assert_error_line(done, 1, f"has no datasets/{FAULTY} (", "2 of 2 tokenizer files", "2 of 3 training shards")
         assert "again" not in done.stderr  # it would not help
         clone.settings["MATCHED_FINEWEB_REMOTE_ROOT_PREFIX"] = "elsewhere"
-        error_line(clone.run("3"), 1, "has no elsewhere/manifest.json", "MATCHED_FINEWEB_REMOTE_ROOT_PREFIX")
+        assert_error_line(clone.run("3"), 1, "has no elsewhere/manifest.json", "MATCHED_FINEWEB_REMOTE_ROOT_PREFIX")
 
     def test_server_that_does_not_recover(self, clone, hub):
         hub.faults[f"datasets/{FAULTY}"] = [500] * 9
-        error_line(clone.run("3", code=NO_WAIT), 1, FAULTY, "status 500; run the same command again",
+        assert_error_line(clone.run("3", code=NO_WAIT), 1, FAULTY, "status 500; run the same command again",
                    "2 of 3 training shards")  # fmt: skip
         assert len(hub.faults[f"datasets/{FAULTY}"]) == 6
 
     def test_after_the_first_error_no_more_are_begun(self, clone, hub):
         hub.delay = 0.1
         del hub.files[f"datasets/{shard_name('val', 0)}"]
-        error_line(clone.run("12"), 1, "has no datasets/")
+        assert_error_line(clone.run("12"), 1, "has no datasets/")
         assert len(hub.fetched()) < 12
 
     def test_gated(self, clone, hub):
         hub.status, hub.error_code = 403, "GatedRepo"
-        error_line(clone.run(), 1, "is gated", "hf auth login")
+        assert_error_line(clone.run(), 1, "is gated", "hf auth login")
 
     @pytest.mark.parametrize("status", [401, 404])
     def test_no_such_repository(self, clone, hub, status):
         hub.status, hub.error_code = status, "RepoNotFound" if status == 404 else ""
-        error_line(clone.run(), 1, hub.repo, "no such data set", "MATCHED_FINEWEB_REPO_ID")
+        assert_error_line(clone.run(), 1, hub.repo, "no such data set", "MATCHED_FINEWEB_REPO_ID")
 
     def test_name_that_no_repository_can_have(self, clone):
         clone.settings["MATCHED_FINEWEB_REPO_ID"] = "not/a/name"
-        error_line(clone.run(), 1, "MATCHED_FINEWEB_REPO_ID=not/a/name")
+        assert_error_line(clone.run(), 1, "MATCHED_FINEWEB_REPO_ID=not/a/name")
 
     def test_token_that_is_refused(self, clone, hub):
         hub.status = 401
         clone.settings["HF_TOKEN"] = "hf_stale"
-        error_line(clone.run(), 1, "bad token (HF_TOKEN")
+        assert_error_line(clone.run(), 1, "bad token (HF_TOKEN")
 
     def test_hub_that_does_not_answer(self, clone, hub):
         hub.faults["datasets/manifest.json"] = [("HEAD", ("wait", threading.Event()))]
-        error_line(clone.run(code=SMALL_SHARDS.replace("f.FULL", "f.ANSWER_SECONDS = 0.5; f.FULL")), 1, hub.url,
+        assert_error_line(clone.run(code=SMALL_SHARDS.replace("f.FULL", "f.ANSWER_SECONDS = 0.5; f.FULL")), 1, hub.url,
                    "cannot be reached")  # fmt: skip
 
     def test_address_that_is_none(self, clone):
         clone.settings["HF_ENDPOINT"] = "localhost:99"
-        error_line(clone.run(), 1, "HF_ENDPOINT=localhost:99: not an address")
+        assert_error_line(clone.run(), 1, "HF_ENDPOINT=localhost:99: not an address")
 
     def test_all_is_here_and_nobody_is_asked(self, clone):
         assert clone.run("2").returncode == 0
@@ -502,23 +502,23 @@ class TestWhatCannotBeHad:
         assert clone.run("2").returncode == 0
         clone.settings["HF_ENDPOINT"] = "http://127.0.0.1:9"
         start = time.monotonic()
-        error_line(clone.run("4", *arguments), 1, "http://127.0.0.1:9 cannot be reached")
+        assert_error_line(clone.run("4", *arguments), 1, "http://127.0.0.1:9 cannot be reached")
         assert time.monotonic() - start < 10
         clone.settings["HF_HUB_OFFLINE"] = "1"
-        error_line(clone.run("4", *arguments), 1, "cannot be reached", "HF_HUB_OFFLINE")
+        assert_error_line(clone.run("4", *arguments), 1, "cannot be reached", "HF_HUB_OFFLINE")
 
     def test_hub_that_goes_away(self, clone, hub):
         hub.faults[f"datasets/{FAULTY}"] = [("drop", 100)] * 50
-        error_line(clone.run("3", code=NO_WAIT.replace("(0, 0)", "()")), 1, FAULTY, "2 of 3 training shards")
+        assert_error_line(clone.run("3", code=NO_WAIT.replace("(0, 0)", "()")), 1, FAULTY, "2 of 3 training shards")
 
     def test_more_shards_than_there_are(self, clone, hub):
-        error_line(clone.run("13"), 2, "--train-shards 13", f"{NAME} has only 12")
-        error_line(clone.run(), 2, "--train-shards 80")
+        assert_error_line(clone.run("13"), 2, "--train-shards 13", f"{NAME} has only 12")
+        assert_error_line(clone.run(), 2, "--train-shards 80")
         assert set(hub.fetched()) == {"datasets/manifest.json"}
 
     def test_unknown_variant(self, clone):
-        error_line(clone.run("--variant", "sp999"), 2, "fineweb10B_sp999; it has byte260, sp320\n")
-        error_line(clone.run("--variant", "gpt2"), 2, "--variant gpt2", "sp<N>")
+        assert_error_line(clone.run("--variant", "sp999"), 2, "fineweb10B_sp999; it has byte260, sp320\n")
+        assert_error_line(clone.run("--variant", "gpt2"), 2, "--variant gpt2", "sp<N>")
 
     @pytest.mark.parametrize("content", [
         b"[]", b"no json", b'{"datasets": [1]}', b'{"datasets": 5}', b"\xff", b'{"datasets": [{}]}',
@@ -526,11 +526,11 @@ class TestWhatCannotBeHad:
     ])  # fmt: skip
     def test_manifest_that_is_none(self, clone, hub, content):
         hub.files["datasets/manifest.json"] = content
-        error_line(clone.run(), 2, "manifest.json")
+        assert_error_line(clone.run(), 2, "manifest.json")
         assert clone.files() == {}
         hub.files["datasets/manifest.json"] = json.dumps(MANIFEST).encode()
         (clone.data / "manifest.json").write_bytes(content)
-        error_line(clone.run(), 2, "data/manifest.json: not a manifest")
+        assert_error_line(clone.run(), 2, "data/manifest.json: not a manifest")
         assert clone.files() == {"manifest.json": content}
 
     @pytest.mark.parametrize("change", [
@@ -540,29 +540,29 @@ class TestWhatCannotBeHad:
     def test_entry_that_lacks_something(self, clone, hub, change):
         manifest = {**MANIFEST, "datasets": [{**MANIFEST["datasets"][0], **change}]}
         hub.files["datasets/manifest.json"] = json.dumps(manifest).encode()
-        error_line(clone.run("1"), 2, NAME, "lacks")
+        assert_error_line(clone.run("1"), 2, NAME, "lacks")
 
     def test_no_room(self, clone, hub):
         code = SMALL_SHARDS.replace("sys.exit", f"{FREE}; sys.exit")
         needed = 9000 * 6 + sum(len(hub.files[f"datasets/tokenizers/some_320.{end}"]) for end in ("model", "vocab"))
-        error_line(clone.run("4", code=code.replace("AMOUNT", f"{needed - 1}")), 1, "are free", "are needed",
+        assert_error_line(clone.run("4", code=code.replace("AMOUNT", f"{needed - 1}")), 1, "are free", "are needed",
                    "6 shards of 9 kB", "some_320.model of", "--train-shards (one is 9 kB)")  # fmt: skip
         assert set(clone.files()) == {"manifest.json"}
         assert clone.run("4", code=code.replace("AMOUNT", f"{needed}")).returncode == 0
         assert clone.run("4", code=code.replace("AMOUNT", "0")).returncode == 0  # all is there
         (clone.data / FAULTY).write_bytes(b"half")
-        error_line(clone.run("4", code=code.replace("AMOUNT", "8999")), 1, "1 shard of 9 kB",
+        assert_error_line(clone.run("4", code=code.replace("AMOUNT", "8999")), 1, "1 shard of 9 kB",
                    "2 of 2 tokenizer files, 2 of 2 validation shards, 3 of 4 training shards")  # fmt: skip
 
     def test_a_full_shard_is_200_megabytes(self, clone):
         code = SMALL_SHARDS.replace("f.FULL_SHARD_BYTES = 9000", FREE.replace("AMOUNT", "10**9"))
-        error_line(clone.run("12", code=code), 1, "1 GB are free, and 2.8 GB are needed: ", "14 shards of 200 MB")
+        assert_error_line(clone.run("12", code=code), 1, "1 GB are free, and 2.8 GB are needed", "14 shards of 200 MB")
 
     def test_disk_that_fills_up(self, clone, small_disk, published):
         (small_disk / "filler").write_bytes(bytes(os.statvfs(small_disk).f_bavail * 4096 - 3 * 8192))
         (clone.data / "datasets").symlink_to(small_disk)
         code = SMALL_SHARDS.replace("9000", "1")
-        error_line(clone.run("12", code=code), 1, "cannot be written: No space left on device")
+        assert_error_line(clone.run("12", code=code), 1, "cannot be written: No space left on device")
         there = {name: data for name, data in clone.files().items() if name.endswith(".bin")}
         assert all(published[name] == data for name, data in there.items())
         (small_disk / "filler").unlink()
@@ -586,13 +586,13 @@ def test_what_was_built_here_survives(clone, published):
     their_place = {"name": "s", "model_path": f"{MODEL_FILE}.model"}  # by chance a name that the hub uses, too
     (clone.data / "manifest.json").write_text(json.dumps({"datasets": [sample], "tokenizers": [their_place]}))
     before = clone.files()
-    error_line(clone.run("2"), 2, f"{MODEL_FILE}.model was built here, for sample_sp1024")
+    assert_error_line(clone.run("2"), 2, f"{MODEL_FILE}.model was built here, for sample_sp1024")
     assert without_manifest(clone.files()) == without_manifest(before)
 
     shutil.rmtree(clone.data / "datasets")
     own = {**sample, "name": NAME}
     (clone.data / "manifest.json").write_text(json.dumps({**local, "datasets": [own]}))
-    error_line(clone.run("1"), 2, NAME, "was built here by data/prepare.py")
+    assert_error_line(clone.run("1"), 2, NAME, "was built here by data/prepare.py")
     assert own in json.loads(clone.files()["manifest.json"])["datasets"]
     assert not (clone.data / "datasets").exists()
 
@@ -602,7 +602,7 @@ def test_no_manifest_can_overwrite_the_tools(clone, hub):
     hub.files["datasets/prepare.py"] = b"import evil"
     tokenizer = {"name": "sp_bpe_320", "model_path": "prepare.py"}
     hub.files["datasets/manifest.json"] = json.dumps({**MANIFEST, "tokenizers": [tokenizer]}).encode()
-    error_line(clone.run("1"), 2, "'prepare.py': not under tokenizers/")
+    assert_error_line(clone.run("1"), 2, "'prepare.py': not under tokenizers/")
     assert not (clone.data / "prepare.py").exists()
 
 
@@ -623,10 +623,10 @@ def test_defaults_need_no_settings(clone, hub):
 
 @pytest.mark.slow
 def test_manifest_as_it_is(clone, hub):
-    error_line(clone.run("1", "--skip-manifest"), 2, "data/manifest.json: no such file")
+    assert_error_line(clone.run("1", "--skip-manifest"), 2, "data/manifest.json: no such file")
     fewer = {**MANIFEST, "datasets": [{**MANIFEST["datasets"][0], "stats": {"files_train": 2, "files_val": 1}}]}
     (clone.data / "manifest.json").write_text(json.dumps(fewer))
-    error_line(clone.run("3", "--skip-manifest"), 2, "has only 2")
+    assert_error_line(clone.run("3", "--skip-manifest"), 2, "has only 2")
     del hub.files["datasets/manifest.json"]
     assert clone.run("2", "--skip-manifest").returncode == 0
     assert "datasets/manifest.json" not in [path for _, path in hub.requests]
@@ -688,7 +688,7 @@ def test_without_the_client_it_says_what_to_install(clone):
     (clone.data / "huggingface_hub.py").write_text("raise ModuleNotFoundError(name='huggingface_hub')")
     done = subprocess.run([sys.executable, "data/cached_challenge_fineweb.py"], cwd=clone.folder, capture_output=True,
                           text=True, check=False)  # fmt: skip
-    error_line(done, 1, "huggingface_hub is not installed for", "install requirements.txt")
+    assert_error_line(done, 1, "huggingface_hub is not installed for", "install requirements.txt")
 
 
 def test_shards_are_checked_as_the_training_script_does(tmp_path):
