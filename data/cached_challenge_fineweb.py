@@ -354,9 +354,9 @@ def fetch(paths: list[str], sizes: dict[str, int], whole: set[str]) -> None:
                 bar.set_postfix_str(f"{number} of {len(paths)} files")
         except Exception:
             executor.shutdown(wait=True, cancel_futures=True)
-            for done, path in begun.items():
-                if not done.cancelled():
-                    whole.discard(path) if done.exception() else whole.add(path)
+            ended = {path: done.exception() for done, path in begun.items() if not done.cancelled()}
+            whole.difference_update(ended)
+            whole.update(path for path, error in ended.items() if error is None)
             raise
         finally:
             executor.shutdown(wait=False, cancel_futures=True)
