@@ -7,10 +7,10 @@
 """Parameter Golf on Apple Silicon: train a small GPT, compress it, score what is left in bits per byte.
 
 The challenge asks for the best language model that fits in 16,000,000 bytes, code and compressed weights together. This
-is the baseline for people with a Mac; it also runs on Linux. Every setting is an environment variable (`--help` lists
-them). The file reads in the order in which the data flows, in nine sections, and ends in main(). A *batch*, the tokens
-of one optimizer step, is split into GRAD_ACCUM_STEPS *microbatches*, each computed in *chunks* of at most
-MLX_MAX_MICROBATCH_TOKENS tokens, the most in memory at once. Shapes read (batch, seq, dim).
+is the baseline for people with a Mac; it also runs on Linux. Settings are environment variables: see `--help`. The file
+reads in the order in which the data flows, in ten sections, and ends in main(). A *batch*, the tokens of one optimizer
+step, is split into GRAD_ACCUM_STEPS *microbatches*, each computed in *chunks* of at most MLX_MAX_MICROBATCH_TOKENS
+tokens, the most in memory at once. Shapes read (batch, seq, dim).
 """
 
 import contextlib
@@ -25,6 +25,7 @@ import os
 import pickle
 import pickletools
 import re
+import select
 import signal
 import sys
 import threading
@@ -40,9 +41,8 @@ from typing import Any
 
 
 def preload_openblas() -> bool:
-    """Put OpenBLAS, where a Linux machine has it, in front of the slow reference BLAS inside MLX's CPU wheel.
-    MLX binds its products, when it is imported, to the first BLAS in the process's global scope. So this comes before
-    that import, and does nothing after it. Returns whether it is OpenBLAS that MLX finds. macOS has Accelerate."""
+    """Put OpenBLAS, where a Linux machine has it, before the slow BLAS inside MLX's CPU wheel. This must precede MLX's
+    import, which takes the first in the process's global scope. Returns whether that is OpenBLAS (not on macOS)."""
     if sys.platform == "linux" and "mlx.core" not in sys.modules and os.environ.get("MLX_PRELOAD_BLAS") != "0":
         with contextlib.suppress(OSError):  # not installed: the run's log says so, and how to get it
             ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
@@ -70,7 +70,6 @@ def require(condition: bool, message: str, error: type[Exception] = InputError) 
     """Raise the error unless the condition holds."""
     if not condition:
         raise error(message)
-
 @dataclass
 class Setting:
     """One environment variable, named after the class attribute in upper case; an instance keeps what it first read."""
@@ -108,7 +107,6 @@ class Setting:
         for sign, end in re.findall(r"([<>]=?) (\S+)", self.limits):
             sound = sound and {"<": value < float(end), ">": value > float(end), ">=": value >= float(end)}[sign]
         require(sound, f"{self.variable}={value}: must be {self.allowed()}")
-
 def settings_of(owner: type) -> dict[str, Setting]:
     """The settings that a class declares or inherits, by attribute name, in the order of declaration."""
     found = {name: value for base in reversed(owner.__mro__) for name, value in vars(base).items()}
@@ -180,7 +178,6 @@ class Hyperparameters:
         warmdown_ms = self.warmdown_iters * (elapsed_ms / max(step, 1))
         remaining_ms = max(1000.0 * self.max_wallclock_seconds - elapsed_ms, 0.0)
         return remaining_ms / warmdown_ms if remaining_ms <= warmdown_ms else 1.0
-
 class ModuleSettings:
     """The settings behind module constants: read at import, and no part of Hyperparameters."""
     compute_dtype = Setting("platform", "auto", "bfloat16, float32, or auto: bfloat16 on a GPU, else float32")
@@ -191,20 +188,17 @@ class ModuleSettings:
     int8_keep_float_fp32_name_patterns = Setting(
         "name lists", lambda: ModuleSettings.control_tensor_name_patterns, shown="<CONTROL_TENSOR_NAME_PATTERNS>",
         meaning="small tensors saved in float32, not float16: those with one of these in their name")
-
 def backend() -> str:
     """Where MLX computes by default: "metal", "cuda" or "cpu"."""
     gpu = mx.default_device() == mx.Device(mx.gpu)
     return "cpu" if not gpu else "metal" if mx.metal.is_available() else "cuda"
 MX_DTYPE_FROM_NAME = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-# auto: a GPU is fastest in bfloat16; on a CPU, MLX multiplies bfloat16 matrices in a slow loop of its own and float32
-# ones in BLAS. What is no choice must not break an import, so it counts as auto here; a run refuses it.
+# auto: a GPU is fastest in bfloat16, a CPU in float32, which goes to BLAS. A run refuses other words, no import does.
 COMPUTE_DTYPE = {"bfloat16": mx.bfloat16, "float32": mx.float32}.get(
     ModuleSettings.compute_dtype, mx.float32 if backend() == "cpu" else mx.bfloat16)
 # An empty part of a list is dropped, for "" is in every name.
 CONTROL_TENSOR_NAME_PATTERNS = tuple(filter(None, ModuleSettings.control_tensor_name_patterns.split(",")))
 INT8_KEEP_FLOAT_FP32_NAME_PATTERNS = tuple(filter(None, ModuleSettings.int8_keep_float_fp32_name_patterns.split(",")))
-
 def misspelt_settings(owner: type = Hyperparameters) -> list[str]:
     """A warning for each environment variable that is no setting, but has nine tenths of the letters of one."""
     settings = [*settings_of(owner).values(), *settings_of(ModuleSettings).values()]
@@ -212,7 +206,6 @@ def misspelt_settings(owner: type = Hyperparameters) -> list[str]:
     near = {name: difflib.get_close_matches(name.upper().replace("_", ""), names, 1, 0.9) for name in os.environ}
     return [f"WARNING: {name} is set, but is no setting: was {names[found[0]]} meant?"
             for name, found in near.items() if found and name not in names.values()]
-
 def help_text() -> str:
     """What --help prints: every setting, grouped, from the declarations above."""
     group, text = "", "Train a small GPT, compress it to int8 + zlib and score it in bits per byte.\n\n"
@@ -233,7 +226,6 @@ SHARD_HEADER_INTS = 256  # little-endian int32: magic, version, token count, the
 HOW_TO_GET_DATA = ("`.venv/bin/python data/cached_challenge_fineweb.py --train-shards 1` fetches some of FineWeb; or "
                    "`.venv/bin/python data/prepare.py` makes a sample, for DATA_PATH=data/datasets/sample_sp1024 "
                    "TOKENIZER_PATH=data/tokenizers/sample_1024_bpe.model")
-
 def map_data_shard(path: Path | str, least: int = 0) -> np.ndarray:
     """The tokens of a shard, (tokens,) uint16, left on the disk until they are used: however large it is, opening it
     takes neither time nor memory (and while it is used it must not be rewritten). Raises InputError, naming the file,
@@ -268,7 +260,6 @@ def check_shards(pattern: str, vocab_size: int) -> int:
     sizes, first = [len(map_data_shard(path, least=1)) for path in files], map_data_shard(files[0])[:1_000_000]
     check_token_ids(first, vocab_size, files[0])
     return zlib.crc32(f"{sizes}".encode(), zlib.crc32(first))
-
 class TokenStream:
     """The tokens of all files of a pattern, in the order of their names, for ever. Attributes: `files`; `file_idx`,
     `tokens` and `pos`, the open file and its next token; `epoch`, from 1. A file is opened only when a token of it is
@@ -281,8 +272,8 @@ class TokenStream:
         """Open a file, and go on from its token `pos`."""
         self.file_idx, self.pos, self.epoch = file_idx, pos, epoch
         self.tokens = map_data_shard(self.files[file_idx], least=1)  # empty files would be searched for ever
-    def take(self, n: int) -> np.ndarray:
-        """The next n tokens, (n,) int32, from as many files as it takes."""
+    def take(self, n: int, read: bool = True) -> np.ndarray:
+        """The next n tokens, (n,) int32, from as many files as it takes; or none, and only move on, without `read`."""
         parts = [np.empty(0, np.int32)]  # which makes the result int32
         while n > 0:
             if self.pos >= len(self.tokens):
@@ -292,12 +283,12 @@ class TokenStream:
                     self.log_fn(f"WARNING: starting epoch:{self.epoch + 1} {dataset}")
                 self.seek(file_idx, 0, self.epoch + (file_idx == 0))
             part = self.tokens[self.pos : self.pos + n]
-            check_token_ids(part, self.vocab_size, self.files[self.file_idx], self.pos)
+            if read:
+                check_token_ids(part, self.vocab_size, self.files[self.file_idx], self.pos)
+                parts.append(part)
             self.pos += len(part)
             n -= len(part)
-            parts.append(part)
         return np.concatenate(parts)
-
 class TokenLoader:
     """Cuts a TokenStream, its attribute `stream`, into batches for the model."""
     def __init__(self, pattern: str, log_fn: LogFn | None = None, dataset_name: str = "", vocab_size: int = 65_536):
@@ -317,7 +308,6 @@ def load_validation_tokens(pattern: str, seq_len: int) -> np.ndarray:
     num_seqs = (len(tokens) - 1) // seq_len
     require(num_seqs > 0, f"{pattern}: {len(tokens)} tokens are too few for a sequence of TRAIN_SEQ_LEN={seq_len}")
     return tokens[: num_seqs * seq_len + 1]
-
 def validate_dataset_tokenizer_pair(data_path: str, tokenizer_path: str) -> tuple[str, int, int | None]:
     """Check the data set against the manifest.json two folders above it, where there is one that lists it.
     Returns (name of the data set, training shards present, training shards expected or None). Raises InputError for a
@@ -349,8 +339,7 @@ def validate_dataset_tokenizer_pair(data_path: str, tokenizer_path: str) -> tupl
     return name, present, expected
 
 # 3. Bytes per token -------------------------------------------------------------------------------------------
-# In: the tokenizer. Out: tables, indexed by token id, that say how many bytes of text a token stands for. Unlike
-# the loss per token, bits per byte compare across tokenizers.
+# In: the tokenizer. Out: tables of the bytes of text that a token stands for, so that scores compare across tokenizers.
 def load_tokenizer(path: str, vocab_size: int) -> spm.SentencePieceProcessor:
     """The SentencePiece model in a .model file. Raises InputError for anything else, or one of another size."""
     require(str(path).endswith(".model"), f"TOKENIZER_PATH={path}: must be a SentencePiece model, ending in .model")
@@ -362,7 +351,6 @@ def load_tokenizer(path: str, vocab_size: int) -> spm.SentencePieceProcessor:
     has = tokenizer.vocab_size()
     require(has == vocab_size, f"VOCAB_SIZE={vocab_size}, but TOKENIZER_PATH={path} has {has} pieces")
     return tokenizer
-
 def build_sentencepiece_luts(sp: spm.SentencePieceProcessor, vocab_size: int) -> tuple[np.ndarray, ...]:
     """Tables (max(tokenizer's size, vocab_size),): base bytes int16, has leading space bool, is boundary bool.
     The piece "\u2581the" has 3 base bytes and a leading space. That space is a byte of text unless the token before
@@ -389,7 +377,6 @@ class RMSNormNoWeight(nn.Module):
     """rms_norm as a module without parameters."""
     def __call__(self, x: mx.array) -> mx.array:
         return rms_norm(x)
-
 class CastedLinear(nn.Module):
     """x @ weight.T with a float32 weight (out_dim, in_dim), cast to x's dtype for the product; no bias."""
     def __init__(self, in_dim: int, out_dim: int) -> None:
@@ -397,14 +384,12 @@ class CastedLinear(nn.Module):
         self.weight = nn.Linear(in_dim, out_dim, bias=False).weight.astype(mx.float32)
     def __call__(self, x: mx.array) -> mx.array:
         return x @ self.weight.astype(x.dtype).T
-
 def split_heads(dim: int, num_heads: int, num_kv_heads: int) -> int:
     """Width of one head. Raises InputError for dimensions that do not divide."""
     require(dim % num_heads == 0, f"MODEL_DIM={dim} must be a multiple of NUM_HEADS={num_heads}")
     require(num_heads % num_kv_heads == 0, f"NUM_HEADS={num_heads} must be a multiple of NUM_KV_HEADS={num_kv_heads}")
     require(dim // num_heads % 2 == 0, f"MODEL_DIM={dim} / NUM_HEADS={num_heads} must be even: RoPE turns pairs")
     return dim // num_heads
-
 @mx.custom_function
 def exp_below(x: mx.array, top: mx.array) -> mx.array:
     """e**(x - top), without a gradient for top. On a Linux CPU MLX's exp takes 25 ns an element and its power, which is
@@ -426,8 +411,7 @@ QUERY_BLOCK = 128  # 64 and 256 are as fast, or slower by up to a twentieth, at 
 def causal_attention(q: mx.array, k: mx.array, v: mx.array, scale: float, training: bool) -> mx.array:
     """Attention of each query to the keys up to its own: (batch, heads, seq, head_dim); fewer heads in k and v.
     By its source, MLX stores no scores at usual widths for 16-bit floats on CUDA and, without gradients, on Metal.
-    Otherwise queries come in blocks, each with the keys it may see; else half of all scores were made to be masked.
-    On 2 Linux cores blocks make a step of 1,024 tokens 1.4 times as fast, with softmax_attention twice."""
+    Otherwise queries come in blocks, each with the keys it may see, or half of all scores were made to be masked."""
     attend, where = partial(mx.fast.scaled_dot_product_attention, scale=scale, mask="causal"), backend()
     if (where == "cuda" and q.dtype != mx.float32) or (where == "metal" and not training):
         return attend(q, k, v)
@@ -462,7 +446,6 @@ class CausalSelfAttention(nn.Module):
         q = q * self.q_gain.astype(q.dtype)[None, :, None, None]
         y = causal_attention(q, k, v, self.scale, self.training)
         return self.proj(y.transpose(0, 2, 1, 3).reshape(batch, seq, dim))
-
 @mx.custom_function
 def relu_squared(x: mx.array) -> mx.array:
     """max(x, 0)**2 (arXiv:2109.08668). Its gradient needs x alone; MLX's own also keeps relu(x): 5% more memory."""
@@ -476,7 +459,6 @@ class MLP(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """(batch, seq, dim) -> (batch, seq, dim)"""
         return self.proj(relu_squared(self.fc(x)))
-
 class Block(nn.Module):
     """One transformer block: mix in the embedding, then attention, then the MLP, each with a learned scale.
     `resid_mix` (2, dim) lets every block look again at x0, the normalised embedding; it begins as "x alone"."""
@@ -496,11 +478,10 @@ class Block(nn.Module):
         return x + self.mlp_scale.astype(x.dtype) * self.mlp(self.mlp_norm(x))
 
 class GPT(nn.Module):
-    """The language model: calling it gives hidden states, `loss` the training objective.
-    The first num_layers // 2 blocks, the encoder, push their outputs on a stack; each later block first adds what it
-    pops, while there is any, times a learned vector (U-Net, arXiv:1505.04597). The embedding also predicts the next
-    token (arXiv:1608.05859). Matrices that write to the residual stream begin at zero, so the untrained model is its
-    bare embedding, and its loss is close to log(vocab_size)."""
+    """The language model: calling it gives hidden states, `loss` the training objective. The first num_layers // 2
+    blocks, the encoder, push their outputs on a stack; each later one first adds what it pops, if there is any, times a
+    learned vector (U-Net, arXiv:1505.04597). The embedding also predicts the next token (arXiv:1608.05859). Matrices
+    that write to the residual stream begin at zero: the bare embedding's loss, untrained, is about log(vocab_size)."""
     def __init__(self, vocab_size: int, num_layers: int, dim: int, num_heads: int, num_kv_heads: int, mlp_mult: int,
                  logit_chunk_tokens: int, logit_softcap: float, rope_base: float, tied_embed_init_std: float,
                  qk_gain_init: float) -> None:
@@ -509,8 +490,7 @@ class GPT(nn.Module):
         self.logit_chunk_tokens, self.logit_softcap = logit_chunk_tokens, logit_softcap
         self.num_encoder_layers, self.num_decoder_layers = num_layers // 2, num_layers - num_layers // 2
         self.num_skip_weights = min(self.num_encoder_layers, self.num_decoder_layers)
-        # The order of the random draws is part of the baseline: one seed, one model, bit for bit. That is why
-        # nn.Embedding draws here what is drawn again at the end.
+        # One seed gives one model, bit for bit: hence nn.Embedding's draw, which is replaced at the end.
         self.tok_emb = nn.Embedding(vocab_size, dim)
         block_args = (dim, num_heads, num_kv_heads, mlp_mult, rope_base, qk_gain_init)
         self.blocks = [Block(*block_args) for _ in range(num_layers)]
@@ -564,7 +544,6 @@ def zeropower_newtonschulz5(g: mx.array, steps: int, eps: float = 1e-7) -> mx.ar
         gram = x @ x.swapaxes(-2, -1)
         x = a * x + (b * gram + c * (gram @ gram)) @ x
     return (x.swapaxes(-2, -1) if transposed else x).astype(g.dtype)
-
 class Muon:
     """Momentum with orthogonalised updates, so that all directions of a matrix learn at one rate."""
     def __init__(self, keys: list[str], params: FlatParams, args: Hyperparameters) -> None:
@@ -605,9 +584,8 @@ class SplitOptimizers:
         unowned = sorted(params.keys() - {self.embed_key, *self.matrix_keys, *self.scalar_keys})
         require(not unowned, f"no optimizer trains {', '.join(unowned)}: give each a place in SplitOptimizers")
         self.muon = Muon(self.matrix_keys, params, args)
-        self.adam_embed, self.adam_scalar = (
-            optim.Adam(learning_rate, betas=[args.beta1, args.beta2], eps=args.adam_eps, bias_correction=True)
-            for learning_rate in (args.tied_embed_lr, args.scalar_lr))
+        adam = partial(optim.Adam, betas=[args.beta1, args.beta2], eps=args.adam_eps, bias_correction=True)
+        self.adam_embed, self.adam_scalar = adam(args.tied_embed_lr), adam(args.scalar_lr)
         self.adam_embed.init({self.embed_key: params[self.embed_key]})
         self.adam_scalar.init({key: params[key] for key in self.scalar_keys})
     @cached_property
@@ -639,9 +617,80 @@ def clip_grad_tree(grads_tree: dict, max_norm: float) -> dict:
     scale = max_norm / (norm + 1e-12)
     return tree_map(lambda grad: (grad * scale).astype(grad.dtype), grads_tree) if norm > max_norm else grads_tree
 
-# 6. Batches within a step -------------------------------------------------------------------------------------
-# In: the loader. Out: loss and gradients of one optimizer step, averaged over its microbatches and their chunks,
-# weighted by tokens. However large the batch, only one chunk's activations are in memory at a time.
+# 6. Several processes -----------------------------------------------------------------------------------------
+# In: what one process has. Out: what all have. For one process, a world of one, nothing here does a thing: then read
+# over each `world` below. MLX's launcher starts several, the ranks, on one machine or more, to share the batches.
+class World:
+    """The processes of a run, of which this is number `rank` of `size`. All must call the same methods in the same
+    order, which raise MLX's RuntimeError when one of the others is gone."""
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size, self.waiting = rank, size, False
+        # In a stream of their own messages travel while a CPU computes; where a GPU computes, they have the CPU's.
+        self.stream = mx.new_stream(mx.cpu) if size > 1 and backend() == "cpu" else None
+        if size > 1:
+            threading.Thread(target=self.watch, daemon=True).start()
+    @classmethod
+    def join(cls) -> "World":
+        """The world that MLX's launcher made. Raises InputError when its processes do not connect."""
+        try:
+            group = mx.distributed.init()
+        except RuntimeError as error:
+            hosts = Path(os.environ.get("MLX_HOSTFILE", ""))
+            require(hosts.is_file() and not hosts.read_text().strip(), f"the processes cannot connect: {error}")
+            return cls()  # `mlx.launch -n 1` lists none, and MLX takes that for a mistake
+        recent = [int(number) for number in re.findall("[0-9]+", mx.__version__)[:3]] >= [0, 32, 1]
+        require(group.size() == 1 or recent, f"MLX {mx.__version__} is too old for several processes: 0.32.1 is needed")
+        return cls(group.rank(), group.size())
+    def wait(self, *arrays: Any) -> None:
+        """Evaluate what the other ranks have a part in. NumPy alone would not learn that one of them is gone."""
+        self.waiting = True
+        mx.eval(*arrays)
+        self.waiting = False
+    def watch(self) -> None:
+        """End the process when it waited ten seconds for a neighbour that is gone: MLX mostly raises, not always."""
+        connections = select.poll()
+        for fd in filter(lambda fd: Path(f"/dev/fd/{fd}").is_socket(), range(3, 256)):
+            connections.register(fd, select.POLLHUP | getattr(select, "POLLRDHUP", 0))  # which is Linux's name for it
+        seconds = 0
+        while seconds < 10:
+            time.sleep(1.0)
+            seconds = seconds + 1 if self.waiting and connections.poll(0) else 0
+        tell(f"error: rank {self.rank}: another process of the run is gone, so it ends here, too", sys.stderr)
+        os._exit(1)
+    def gather(self, value: Any) -> list[Any]:
+        """The values that the ranks gave, in their order: anything that is at most 64 KiB of JSON."""
+        if self.size == 1:
+            return [value]
+        row = mx.array(np.frombuffer(json.dumps(value).encode().ljust(65_536), np.uint8))
+        self.wait(rows := mx.distributed.all_gather(row, stream=self.stream))
+        return [json.loads(bytes(row)) for row in np.array(rows).reshape(self.size, -1)]
+    def from_first(self, read: Callable[[], bytes]) -> bytes:
+        """What `read` returns on rank 0, which alone calls it."""
+        content = read() if self.rank == 0 else b""
+        if self.size > 1:
+            own = mx.array(np.frombuffer(content.ljust(self.gather(len(content))[0], b"\0"), np.uint8))
+            self.wait(shared := mx.distributed.all_sum(own, stream=self.stream))
+            content = bytes(np.array(shared))
+        return content
+    def mean(self, loss: mx.array, grads: FlatParams) -> tuple[mx.array, FlatParams]:
+        """Mean loss and gradients over the ranks, in few large float32 messages; the last layers go first."""
+        if self.size == 1:
+            return loss, grads
+        keys = list(reversed(grads))
+        *means, loss = nn.average_gradients([*(grads[key].astype(mx.float32) for key in keys), loss],
+                                            communication_stream=self.stream)
+        self.wait(means, loss)
+        return loss, {key: mean.astype(grads[key].dtype) for key, mean in zip(keys, means, strict=True)}
+    def require_same(self, model: GPT, step: int) -> None:
+        """Raise RunError, naming the ranks that drifted, unless the parameters are the same bits on all."""
+        params = tree_flatten(model.parameters()) if self.size > 1 else []
+        crcs = self.gather([zlib.crc32(np.array(param.view(mx.uint8))) for _, param in params])
+        drifted = ", ".join(f"rank {rank}" for rank, crc in enumerate(crcs) if crc != max(crcs, key=crcs.count))
+        require(not drifted, f"{drifted} drifted: after step {step} it has not the parameters of the others", RunError)
+ALONE = World()
+
+# 7. Batches within a step -------------------------------------------------------------------------------------
+# In: the loader. Out: mean loss and gradients of an optimizer step; one chunk's activations are in memory at a time.
 Loss = Callable[[mx.array, mx.array], mx.array]
 LossAndGrad = Callable[[mx.array, mx.array], tuple[mx.array, dict]]
 def token_chunks(total_tokens: int, seq_len: int, max_chunk_tokens: int) -> list[int]:
@@ -650,7 +699,6 @@ def token_chunks(total_tokens: int, seq_len: int, max_chunk_tokens: int) -> list
     total_seqs, chunk_seqs = total_tokens // seq_len, max(max_chunk_tokens // seq_len, 1)
     require(total_seqs > 0, f"a microbatch of {total_tokens} tokens has no sequence of TRAIN_SEQ_LEN={seq_len}")
     return [min(chunk_seqs, total_seqs - done) * seq_len for done in range(0, total_seqs, chunk_seqs)]
-
 @mx.compile
 def add_scaled(accum: FlatParams, grads: FlatParams, scale: mx.array) -> FlatParams:
     """accum + scale * grads, in one pass, and in accum's own memory if nothing else needs that."""
@@ -663,42 +711,45 @@ def accumulate_flat_grads(accum: FlatParams | None, grads_tree: dict, scale: flo
     accum |= add_scaled(begun, grads, mx.array(scale)) if begun else {}
     return accum
 def loss_and_grad_chunked(args: Hyperparameters, train_loader: TokenLoader, compiled_loss_and_grad: LossAndGrad,
-                          microbatches: int = 1) -> tuple[mx.array, dict]:
-    """Mean loss (scalar, nats) and mean gradients (a tree) of the loader's next microbatch, or so many of them."""
+                          microbatches: int = 1, world: World = ALONE) -> tuple[mx.array, dict]:
+    """Mean loss (scalar, nats) and mean gradients (a tree) of the loader's next microbatch, or so many of them. The
+    ranks of a world take turns: a microbatch of another is only moved past."""
     sizes = token_chunks(args.microbatch_tokens, args.train_seq_len, args.mlx_max_microbatch_tokens)
-    loss, accum = mx.array(0.0), None
-    for size in sizes * microbatches:
+    loss, accum, last = mx.array(0.0), None, len(sizes) * (microbatches - world.size + world.rank + 1) - 1
+    for i, size in enumerate(sizes * microbatches):
+        if i // len(sizes) % world.size != world.rank:
+            train_loader.stream.take(size + 1, read=False)
+            continue
         chunk_loss, grads = compiled_loss_and_grad(*train_loader.next_batch(size, args.train_seq_len))
-        share, running = size / sum(sizes) / microbatches, loss
+        share, running = size / sum(sizes) / (microbatches // world.size), loss
         loss, accum = loss + chunk_loss.astype(mx.float32) * share, accumulate_flat_grads(accum, grads, share)
         del chunk_loss, grads  # or else their memory would be held on to
         if args.mlx_eager_eval:  # or else the lazy graph would hold every chunk's activations
             mx.eval(running)  # a chunk is prepared while the last one runs, and begins when that has ended
-            mx.async_eval(loss, accum)
+            mx.async_eval(*[loss, accum] if i < last or world.size == 1 else [])  # the last one with the messages
+    loss, accum = world.mean(loss, accum)
     return loss, tree_unflatten(list(accum.items()))
 
-# 7. Evaluation ------------------------------------------------------------------------------------------------
-# In: a loss function and the validation tokens. Out: val_loss, nats per token, and val_bpb, bits per byte of
-# text: training lowers the one, the challenge is scored by the other.
+# 8. Evaluation ------------------------------------------------------------------------------------------------
+# In: a loss function and the validation tokens. Out: val_loss, nats per token, and the score: val_bpb, bits per byte.
 def microbatch_seqs(variable: str, tokens: int, args: Hyperparameters) -> int:
     """Whole sequences in one of GRAD_ACCUM_STEPS parts of `variable` tokens. Raises InputError when there is none."""
     part, steps, seq_len = tokens // args.grad_accum_steps, args.grad_accum_steps, args.train_seq_len
     require(part >= seq_len, f"{variable}={tokens} over GRAD_ACCUM_STEPS={steps} is {part} tokens: "
                              f"must be at least TRAIN_SEQ_LEN={seq_len}")
     return part // seq_len
-
 def eval_val(args: Hyperparameters, compiled_loss: Loss, val_tokens: np.ndarray, base_bytes_lut: np.ndarray,
              has_leading_space_lut: np.ndarray, is_boundary_token_lut: np.ndarray,
-             log_fn: LogFn | None = None) -> tuple[float, float]:
+             log_fn: LogFn | None = None, world: World = ALONE) -> tuple[float, float]:
     """Score all of val_tokens, (k * seq_len + 1,): (val_loss in nats per token, val_bpb in bits per byte).
-    compiled_loss(x, y) is the mean loss of a batch (seqs, seq_len); the tables are those of section 3. Raises
-    InputError when a batch has no room for one sequence, or the tokens stand for no text."""
+    compiled_loss(x, y) is the mean loss of a batch (seqs, seq_len); the tables are of section 3; ranks take turns.
+    Raises InputError when a batch has no room for one sequence, or the tokens stand for no text."""
     seq_len, batch_seqs = args.train_seq_len, microbatch_seqs("VAL_BATCH_SIZE", args.val_batch_size, args)
     total_seqs = (len(val_tokens) - 1) // seq_len
     num_batches = math.ceil(total_seqs / batch_seqs)
     loss_sum, num_bytes, num_tokens = 0.0, 0, total_seqs * seq_len
-    for i in range(1, num_batches + 1):
-        first, last = (i - 1) * batch_seqs, min(i * batch_seqs, total_seqs)
+    for i in range(world.rank, num_batches, world.size):
+        first, last = i * batch_seqs, min((i + 1) * batch_seqs, total_seqs)
         tokens = val_tokens[first * seq_len : last * seq_len + 1].astype(np.int32)
         previous, target = tokens[:-1], tokens[1:]
         loss = compiled_loss(mx.array(previous.reshape(-1, seq_len)), mx.array(target.reshape(-1, seq_len)))
@@ -706,13 +757,15 @@ def eval_val(args: Hyperparameters, compiled_loss: Loss, val_tokens: np.ndarray,
         spaces = has_leading_space_lut[target] & ~is_boundary_token_lut[previous]
         num_bytes += int(base_bytes_lut[target].sum(dtype=np.int64)) + int(spaces.sum())
         loss_sum += float(loss) * target.size  # float() waits, so that one batch at a time is in memory
-        if log_fn is not None and num_batches > 1 and (i in (1, num_batches) or i % 25 == 0):
-            log_fn(f"val_progress:{i}/{num_batches}")
+        for done in range(i + 1, min(i + world.size, num_batches) + 1):
+            if log_fn is not None and num_batches > 1 and (done in (1, num_batches) or done % 25 == 0):
+                log_fn(f"val_progress:{done}/{num_batches}")
+    loss_sum, num_bytes = map(sum, zip(*world.gather((loss_sum, num_bytes)), strict=True))
     require(num_bytes > 0, f"the {num_tokens} validation tokens stand for no bytes of text, so there is no score")
     val_loss = loss_sum / num_tokens
     return val_loss, val_loss / math.log(2.0) * (num_tokens / num_bytes)
 
-# 8. Compression -----------------------------------------------------------------------------------------------
+# 9. Compression -----------------------------------------------------------------------------------------------
 # In: the model's state, a flat dict. Out: an object of NumPy arrays, int8 where they are large and float16 or
 # float32 elsewhere, and the way back. The format, int8_clean_per_row_v1, is shared with other implementations.
 QUANT_FORMAT = "int8_clean_per_row_v1"
@@ -730,7 +783,6 @@ def keep_float_array(name: str, arr: mx.array, passthrough_orig_dtypes: dict[str
         passthrough_orig_dtypes[name] = str(arr.dtype).removeprefix("mlx.core.")
         return np.array(arr.astype(mx.float32)).astype(INT8_KEEP_FLOAT_STORE_DTYPE)
     return np.array(arr)
-
 def quantize_float_array(arr: mx.array) -> tuple[np.ndarray, np.ndarray]:
     """Round to whole multiples of a scale: (int8 array, scale).
     A matrix (rows, cols) has a float16 scale per row, (rows,); any other shape one float32 scale, (). The rows'
@@ -747,7 +799,6 @@ def quantize_float_array(arr: mx.array) -> tuple[np.ndarray, np.ndarray]:
     else:
         stored = scale = np.asarray(clip / np.float32(127.0) if clip > 0 else 1.0, dtype=np.float32)
     return np.clip(np.round(np.clip(w, -clip, clip) / scale), -127, 127).astype(np.int8), stored
-
 def quantize_state_dict_int8(flat_state: FlatParams) -> tuple[dict[str, Any], dict[str, int]]:
     """(object of NumPy arrays to pickle, statistics): large floating tensors in int8, the rest passed through.
     Small tensors cost few bytes and suffer most, so they stay floating; what is no float is kept as it is."""
@@ -765,14 +816,12 @@ def quantize_state_dict_int8(flat_state: FlatParams) -> tuple[dict[str, Any], di
             obj["dtypes"][name] = str(arr.dtype).removeprefix("mlx.core.")
             if arr.ndim == 2:
                 obj["qmeta"][name] = {"scheme": "per_row", "axis": 0}
-    stats = {
-        "param_count": sum(arr.size for arr in flat_state.values()), "num_tensors": len(flat_state),
-        "num_float_tensors": len(obj["quantized"]), "num_nonfloat_tensors": num_nonfloat,
-        "baseline_tensor_bytes": sum(arr.nbytes for arr in flat_state.values()),
-        "int8_payload_bytes": sum(a.nbytes for k in ("quantized", "scales", "passthrough") for a in obj[k].values())}
+    stats = {"param_count": sum(arr.size for arr in flat_state.values()), "num_tensors": len(flat_state),
+             "num_float_tensors": len(obj["quantized"]), "num_nonfloat_tensors": num_nonfloat,
+             "baseline_tensor_bytes": sum(arr.nbytes for arr in flat_state.values()), "int8_payload_bytes": sum(
+                 arr.nbytes for part in ("quantized", "scales", "passthrough") for arr in obj[part].values())}
     optional = ("qmeta", "passthrough_orig_dtypes")  # the format leaves these out when they are empty
     return {key: value for key, value in obj.items() if value or key not in optional}, stats
-
 def dequantize_state_dict_int8(quant_obj: dict[str, Any]) -> FlatParams:
     """The flat state that an object of quantize_state_dict_int8 stands for, in the original dtypes."""
     state, original_dtypes = {}, quant_obj.get("passthrough_orig_dtypes", {})
@@ -784,7 +833,6 @@ def dequantize_state_dict_int8(quant_obj: dict[str, Any]) -> FlatParams:
         arr = mx.array(stored)
         state[name] = arr.astype(MX_DTYPE_FROM_NAME[original_dtypes[name]]) if name in original_dtypes else arr
     return state
-
 def unpickle(data: bytes) -> Any:
     """The object in a pickle of plain containers and NumPy arrays; InputError, by name, for anything else. A pickle
     calls what it names, so a stranger's could run their code, and NumPy's own way back trusts the file with sizes and
@@ -820,22 +868,23 @@ def check_arrays(found: dict[str, Any], expected: FlatParams) -> None:
     wrong = [f"{name} is {there.get(name, 'absent')} and must be {wanted.get(name, 'absent')}"
              for name in wanted | there if there.get(name) != wanted.get(name)]
     require(not wrong, "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if wrong[3:] else ""))
-
-def load_flat_state(path: Path, params: FlatParams) -> FlatParams:
+def load_flat_state(path: Path, params: FlatParams, world: World = ALONE) -> FlatParams:
     """The weights in a .npz or .int8.ptz file, whoever made it, for a model with these parameters; in the file's own
-    dtypes. Raises InputError, naming the file, for one that is damaged, foreign, or of another model."""
+    dtypes. Rank 0 reads it. Raises InputError, naming the file, if it is damaged, foreign, or of another model."""
     limit = 65_536 + sum(8 * param.size + 1024 for param in params.values())  # bytes; even float64 would fit
     too_large = f"it holds more than {limit} bytes, and no model of these settings does"
+    require(world.rank > 0 or path.is_file(), f"{path}: no such file", MissingFileError)
+    content = world.from_first(lambda: path.open("rb").read(limit + 1))
     try:
+        require(len(content) <= limit, too_large)
         if path.suffix == ".npz":
-            with zipfile.ZipFile(path) as archive:
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
                 require(sum(entry.file_size for entry in archive.infolist()) <= limit, too_large)
                 require(archive.testzip() is None, "it is damaged")
-            state = mx.load(str(path))
+            state = mx.load(io.BytesIO(content), format="npz")
         else:
-            require(path.stat().st_size <= limit, too_large)
             decompressor = zlib.decompressobj()
-            raw = decompressor.decompress(path.read_bytes(), limit + 1)
+            raw = decompressor.decompress(content, limit + 1)
             require(len(raw) <= limit, too_large)
             require(decompressor.eof, "it is cut off")
             obj = unpickle(raw)
@@ -853,20 +902,17 @@ def load_flat_state(path: Path, params: FlatParams) -> FlatParams:
         reason = str(error) if isinstance(error, InputError) else getattr(error, "strerror", None) or repr(error)
         raise InputError(f"{path}: is no model that can be scored: {ascii(reason)[1:-1]:.2000}") from None
 
-# 9. The run ---------------------------------------------------------------------------------------------------
-# In: the settings. Out: a log, the weights (.npz), the compressed model (.int8.ptz) and its score. Only this section
-# writes files, and it alone knows all the others.
+# 10. The run --------------------------------------------------------------------------------------------------
+# In: the settings. Out: a log, the weights (.npz), the compressed model (.int8.ptz), its score. It alone writes files.
 CODE_PATH = Path(__file__)
 SUFFIXES = ".txt", "_checkpoint.safetensors", "_mlx_model.npz", "_mlx_model.int8.ptz"  # of a run's files
 LOG_SUFFIX, CHECKPOINT_SUFFIX, NPZ_SUFFIX, ARTIFACT_SUFFIX = SUFFIXES
 CHECKPOINT_FORMAT = "parameter_golf_mlx_checkpoint_v1"
 SUBMISSION_CAP_BYTES = 16_000_000  # for this file and the compressed model together
 # What may differ when a run is resumed. Data and tokenizer may have moved: their checksums are compared.
-RESUMABLE = {
-    "data_path", "tokenizer_path", "run_id", "out_dir", "resume", "eval_artifact", "iterations", "warmup_steps",
-    "max_wallclock_seconds", "checkpoint_every", "val_loss_every", "val_max_tokens", "train_log_every",
-    "val_batch_size", "logit_chunk_tokens", "mlx_eager_eval"}  # these three need less memory, and change last digits
-
+RESUMABLE = {"data_path", "tokenizer_path", "run_id", "out_dir", "resume", "eval_artifact", "iterations",
+             "warmup_steps", "max_wallclock_seconds", "checkpoint_every", "val_loss_every", "val_max_tokens",
+             "train_log_every", "val_batch_size", "logit_chunk_tokens", "mlx_eager_eval"}  # last three: for less memory
 @dataclass
 class Inputs:
     """What a run reads before it starts."""
@@ -877,17 +923,17 @@ class Inputs:
     byte_tables: tuple[np.ndarray, ...]
     num_val_tokens: int = 0  # that VAL_MAX_TOKENS chose from
     data_checksum: int = 0
-
 @dataclass
 class Run:
     """What the stages of a run share, and how far it has come."""
     args: Hyperparameters
     inputs: Inputs
-    log: LogFn
     model: GPT
     optimizers: SplitOptimizers
     compiled_loss: Loss
     compiled_loss_and_grad: LossAndGrad
+    world: World = ALONE
+    log: LogFn = lambda line, console=True: None  # which rank 0 alone replaces
     step: int = 0
     train_ms: float = 0.0
     position: tuple[int, int, int] = (0, 0, 1)  # of the loader: file, offset, epoch
@@ -905,8 +951,7 @@ class Run:
         """Raise KeyboardInterrupt if a signal has come that training did not end for."""
         message = f"interrupted by {self.signal} during {stage}: no score; saved: "  # main() says what
         require(not self.signal or self.answered, message, KeyboardInterrupt)
-
-def path_problems(args: Hyperparameters) -> Iterator[str]:
+def path_problems(args: Hyperparameters, world: World = ALONE) -> Iterator[str]:
     """What is wrong with names and paths."""
     run_id, out_dir = args.run_id, Path(os.path.abspath(args.out_dir))
     if "/" in run_id or run_id in ("", ".", "..") or not run_id.isprintable() or len(run_id.encode()) > 200:
@@ -916,15 +961,14 @@ def path_problems(args: Hyperparameters) -> Iterator[str]:
     if args.resume and args.eval_artifact:
         yield "RESUME trains and EVAL_ARTIFACT does not: set only one of them"
     for variable, path in (("RESUME", args.resume), ("EVAL_ARTIFACT", args.eval_artifact)):
-        if path not in ("", "auto") and not Path(path).is_file():
-            yield f"{variable}={path}: no such file"
+        if world.rank == 0 and path not in ("", "auto") and not (Path(path).is_file() and os.access(path, os.R_OK)):
+            yield f"{variable}={path}: no such file, or it cannot be read"
     there = next(path for path in (out_dir, *out_dir.parents) if os.path.lexists(path))
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         yield f"OUT_DIR={args.out_dir}: cannot be written to: {there} is not a folder, or is read-only"
     if not Path(args.data_path).is_dir():
         yield f"DATA_PATH={args.data_path}: no such folder: {HOW_TO_GET_DATA}"
-
-def read_inputs(args: Hyperparameters) -> Inputs:
+def read_inputs(args: Hyperparameters, world: World = ALONE) -> Inputs:
     """Check settings, data and tokenizer, and read what validation needs; nothing is written yet. Raises InputError
     (NotImplementedError for untied embeddings), with a line for each thing that is wrong."""
     errors: dict[str, Exception] = {}
@@ -942,7 +986,9 @@ def read_inputs(args: Hyperparameters) -> Inputs:
     examine(lambda: require(ModuleSettings.compute_dtype in ("auto", "bfloat16", "float32"),
                             f"COMPUTE_DTYPE={ModuleSettings.compute_dtype!r}: must be auto, bfloat16 or float32"))
     examine(lambda: ModuleSettings.mlx_preload_blas)
-    examine(lambda: errors.update((message, InputError(message)) for message in path_problems(args)))
+    examine(lambda: errors.update((message, InputError(message)) for message in path_problems(args, world)))
+    examine(lambda: require(args.grad_accum_steps % world.size == 0, f"GRAD_ACCUM_STEPS={args.grad_accum_steps}: must "
+                            f"be divisible by the world size, for the {world.size} processes share its microbatches"))
     examine(lambda: require(args.tie_embeddings, "TIE_EMBEDDINGS=0: is not implemented", NotImplementedError))
     examine(lambda: split_heads(args.model_dim, args.num_heads, args.num_kv_heads))
     examine(lambda: microbatch_seqs("TRAIN_BATCH_TOKENS", args.train_batch_tokens, args))
@@ -961,7 +1007,6 @@ def read_inputs(args: Hyperparameters) -> Inputs:
     scored = args.val_max_tokens // args.train_seq_len * args.train_seq_len + 1 if args.val_max_tokens else None
     return Inputs(*dataset, val_tokens[:scored], build_sentencepiece_luts(tokenizer, args.vocab_size),
                   len(val_tokens) - 1, zlib.crc32(f"{checksums}".encode()))
-
 def tell(line: str, stream: Any) -> None:
     """Print to a console that may be gone: a closed terminal must not end a run."""
     try:
@@ -970,7 +1015,6 @@ def tell(line: str, stream: Any) -> None:
     except OSError:
         with contextlib.suppress(OSError):  # from now on into the void, also what Python itself flushes when it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
 def open_log(args: Hyperparameters, kept: tuple[str, ...] = ()) -> LogFn:
     """Open the log, print its path, and write the script's source and versions to it: each result has its code.
     Files that an earlier run left under this RUN_ID, but for those to be kept, are moved aside, all to one number."""
@@ -1000,7 +1044,6 @@ def open_log(args: Hyperparameters, kept: tuple[str, ...] = ()) -> LogFn:
     for path in taken:
         log(f"moved_aside:{path} to:{path}.{number} (of an earlier run with this RUN_ID)")
     return log
-
 @contextlib.contextmanager
 def complete_file(path: Path) -> Iterator[io.BufferedWriter]:
     """A file that takes its name when all of it is on the disk: `path` is always the old or the new one, whole."""
@@ -1015,12 +1058,11 @@ def complete_file(path: Path) -> Iterator[io.BufferedWriter]:
         raise RunError(f"{path}: cannot be written: {error.strerror}; what was there before still is") from None
     finally:
         temporary.unlink(missing_ok=True)
-
 @contextlib.contextmanager
 def signals_watched(run: Run) -> Iterator[None]:
     """Let the first SIGINT, SIGTERM or SIGHUP set run.signal, for the run to end in good order, and the next one end
-    the process. Python runs its handlers between its own instructions, so not before a computation of MLX's returns; a
-    thread that reads what the C handler writes to a pipe does not wait. What is ignored (nohup) stays so."""
+    the process. Python's own handlers wait until a computation of MLX's returns; a thread that reads what the C handler
+    writes to a pipe does not. What is ignored (nohup) stays so."""
     numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -1032,7 +1074,7 @@ def signals_watched(run: Run) -> Iterator[None]:
                 line = f"interrupted:{name} the run ends at the next safe point; once more, and it ends at once"
                 threading.Thread(target=run.log, args=(line,), daemon=True).start()
             elif name in ("SIGINT", "SIGTERM"):  # a terminal that closes may send several SIGHUP
-                for path in map(run.path, SUFFIXES):
+                for path in map(run.path, SUFFIXES if run.world.rank == 0 else ()):
                     with contextlib.suppress(OSError):
                         path.with_name(f".{path.name}.tmp").unlink()
                 os._exit(130)
@@ -1049,12 +1091,11 @@ def signals_watched(run: Run) -> Iterator[None]:
         for number, handler in zip(numbers, handlers, strict=True):
             signal.signal(number, handler)
         os.close(writer)  # which ends the watcher
-
-def set_up(args: Hyperparameters, inputs: Inputs) -> Run:
-    """Seed, then build the model, its optimizers and the two compiled functions. The log is still the console."""
+def set_up(args: Hyperparameters, inputs: Inputs, world: World = ALONE) -> Run:
+    """Seed, then build the model, its optimizers and the two compiled functions. There is no log yet."""
     if backend() == "metal":  # so that macOS leaves the arrays in memory; MLX's own trainers do this, too
-        device_info = (mx if hasattr(mx, "device_info") else mx.metal).device_info()  # older MLX has it there
-        mx.set_wired_limit(device_info["max_recommended_working_set_size"])
+        of_device = mx if hasattr(mx, "device_info") else mx.metal  # where older MLX has it
+        mx.set_wired_limit(of_device.device_info()["max_recommended_working_set_size"])
     mx.random.seed(args.seed)
     model = GPT(
         args.vocab_size, args.num_layers, args.model_dim, args.num_heads, args.num_kv_heads, args.mlp_mult,
@@ -1066,13 +1107,11 @@ def set_up(args: Hyperparameters, inputs: Inputs) -> Run:
     # A compiled function takes the arrays it closes over for constants unless it is told that they are inputs.
     captured = {"inputs": model.state, "outputs": model.state}
     loss, loss_and_grad = (mx.compile(f, **captured) for f in (loss_alone, nn.value_and_grad(model, model.loss)))
-    return Run(args, inputs, print, model, SplitOptimizers(model, args), loss, loss_and_grad)
-
+    return Run(args, inputs, model, SplitOptimizers(model, args), loss, loss_and_grad, world)
 def require_finite(arrays: FlatParams, step: int) -> None:
     """Raise RunError for weights or optimizer state that nothing good can come of any more."""
     names = [name for name, array in arrays.items() if not mx.isfinite(array).all().item()]
     require(not names, f"after step {step} these are not finite, and are not saved: {', '.join(names)}", RunError)
-
 def training_state(run: Run) -> dict[str, Any]:
     """The tree of all arrays that the rest of the training depends on."""
     return {"model": run.model.state, "muon": run.optimizers.muon.buffers, "random": mx.random.state[0],
@@ -1083,17 +1122,23 @@ def set_training_state(run: Run, state: dict[str, Any]) -> None:
     for optimizer in ("muon", "adam_embed", "adam_scalar"):
         training_state(run)[optimizer].update(state[optimizer])
     mx.random.seed(int.from_bytes(np.array(state["random"]).astype(">u4").tobytes(), "big"))  # a seed's halves
-
-def settings_behind(run: Run) -> dict[str, str]:
-    """What the result depends on, by setting."""
+def settings_behind(run: Run, but: set[str] = RESUMABLE) -> dict[str, str]:
+    """What the result depends on, by setting; of the others, all but those given."""
     args, inputs, settings = run.args, run.inputs, settings_of(Hyperparameters) | settings_of(type(run.args))
-    values = {setting.variable: getattr(args, name) for name, setting in settings.items() if name not in RESUMABLE}
+    values = {setting.variable: getattr(args, name) for name, setting in settings.items() if name not in but}
     values |= {"COMPUTE_DTYPE": COMPUTE_DTYPE, "CONTROL_TENSOR_NAME_PATTERNS": CONTROL_TENSOR_NAME_PATTERNS,
                "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": INT8_KEEP_FLOAT_FP32_NAME_PATTERNS,
                "DATA_PATH": f"data with checksum {inputs.data_checksum}",
                "TOKENIZER_PATH": f"one with checksum {zlib.crc32(b''.join(t.tobytes() for t in inputs.byte_tables))}"}
     return {name: str(value) for name, value in values.items()}
-
+def require_agreement(run: Run) -> None:
+    """Raise InputError, naming what differs, unless all ranks are to do the same. RUN_ID comes from rank 0."""
+    facts = {"MLX": mx.__version__, CODE_PATH.name: f"one with checksum {zlib.crc32(CODE_PATH.read_bytes())}"}
+    ranks = run.world.gather(facts | settings_behind(run, but=set()))
+    run.args.run_id = ranks[0].pop("RUN_ID")
+    wrong = [f"{name} is {value} on rank 0 and {facts.get(name)} on rank {rank}" for rank, facts in enumerate(ranks)
+             for name, value in ranks[0].items() if facts.get(name) != value]
+    require(not wrong, f"all processes of a run must agree: {'; '.join(wrong)}")
 def write_checkpoint(run: Run) -> None:
     """Write what it takes to go on from here as if nothing had happened, unless it is there. Raises RunError."""
     if run.step == run.checkpointed_step:
@@ -1102,22 +1147,22 @@ def write_checkpoint(run: Run) -> None:
     require_finite(arrays, run.step)
     about = {"run_id": run.args.run_id, "step": run.step, "train_ms": run.train_ms, "position": run.position,
              "settings": settings_behind(run), "mlx_version": mx.__version__}
-    with complete_file(path) as file:
-        mx.save_safetensors(file, arrays, {"format": CHECKPOINT_FORMAT, "about": json.dumps(about)})
+    if run.world.rank == 0:
+        with complete_file(path) as file:
+            mx.save_safetensors(file, arrays, {"format": CHECKPOINT_FORMAT, "about": json.dumps(about)})
+        run.log(f"checkpoint:{path} step:{run.step}/{run.args.iterations} bytes:{path.stat().st_size}")
     run.checkpointed_step, run.saved = run.step, (path,)
-    run.log(f"checkpoint:{path} step:{run.step}/{run.args.iterations} bytes:{path.stat().st_size}")
-
 def resume(run: Run) -> None:
     """Put the run where this checkpoint left it. Raises InputError if it is damaged, or of settings that matter."""
     path = run.path(CHECKPOINT_SUFFIX) if run.args.resume == "auto" else Path(run.args.resume)
-    if not run.args.resume or (run.args.resume == "auto" and not path.exists()):
+    if not run.args.resume or not run.world.gather(run.args.resume != "auto" or path.exists())[0]:
         return
+    content = run.world.from_first(path.read_bytes)
     try:
-        arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
+        arrays, metadata = mx.load(io.BytesIO(content), format="safetensors", return_metadata=True)
         require(metadata.get("format") == CHECKPOINT_FORMAT, f"its format tag is not {CHECKPOINT_FORMAT!r}")
-        with path.open("rb") as file:  # older MLX reads a file that is cut off without a word
-            whole = 8 + int.from_bytes(file.read(8), "little") + sum(array.nbytes for array in arrays.values())
-        require(path.stat().st_size == whole, f"it has {path.stat().st_size} bytes and must have {whole}")
+        whole = 8 + int.from_bytes(content[:8], "little") + sum(array.nbytes for array in arrays.values())
+        require(len(content) == whole, f"it has {len(content)} bytes and must have {whole}")  # older MLX does not ask
         about, now = json.loads(metadata["about"]), settings_behind(run)
         then = about["settings"]
         changes = [f"{name} was {then.get(name)} and is {now.get(name)}"
@@ -1136,7 +1181,6 @@ def resume(run: Run) -> None:
     except Exception as error:  # whatever a damaged file makes of its readers
         reason = str(error) if isinstance(error, InputError) else getattr(error, "strerror", None) or repr(error)
         raise InputError(f"RESUME={path}: cannot go on from there: {ascii(reason)[1:-1]}") from None
-
 def log_configuration(run: Run) -> None:
     """Log what is about to run. Other people's scripts parse these lines: fields may be added, not changed."""
     args, inputs, optimizers, params = run.args, run.inputs, run.optimizers, dict(tree_flatten(run.model.parameters()))
@@ -1160,6 +1204,7 @@ microbatch_tokens:{args.microbatch_tokens} microbatch_batch_size:{args.microbatc
 val_batch_size:{args.val_batch_size} warmup_steps:{args.warmup_steps} \
 max_wallclock_seconds:{args.max_wallclock_seconds:.3f}
 mlx_max_microbatch_tokens:{args.mlx_max_microbatch_tokens}
+world_size:{run.world.size}
 optimizer:muon+adam muon_matrix_params:{len(optimizers.matrix_keys)} scalar_params:{len(optimizers.scalar_keys)} \
 embed_lr:{args.tied_embed_lr} matrix_lr:{args.matrix_lr} scalar_lr:{args.scalar_lr} \
 muon_momentum:{args.muon_momentum} muon_steps:{args.muon_backend_steps}
@@ -1174,21 +1219,18 @@ linear_weight:{params["blocks.0.attn.c_q.weight"].dtype} skip_weights:{params["s
         lines = f"resume:{args.resume} {f'step:{run.step}' if run.saved else 'no checkpoint: starting afresh'}\n{lines}"
     for line in [*misspelt_settings(type(args)), *lines.split("\n")]:
         run.log(line)
-
 def validate(run: Run, stage: str = "validation") -> tuple[float, float, str]:
     """(val_loss, val_bpb, mark) of the model as it is; the mark ends the lines of what is not the full score."""
-    def compiled_loss(x: mx.array, y: mx.array) -> mx.array:
-        run.safe_point(stage)
-        return run.compiled_loss(x, y)
-    check_token_ids(run.inputs.val_tokens, run.args.vocab_size, run.args.val_files)  # so far it was the first million
-    scored, total, mark = len(run.inputs.val_tokens) - 1, run.inputs.num_val_tokens, ""
-    if scored < total:
-        mark = f" val_tokens:{scored}/{total}"
+    tokens, total, mark = run.inputs.val_tokens, run.inputs.num_val_tokens, ""
+    check_token_ids(tokens, run.args.vocab_size, run.args.val_files)  # so far it was the first million
+    if len(tokens) - 1 < total:
+        mark = f" val_tokens:{len(tokens) - 1}/{total}"
         run.log(f"WARNING: VAL_MAX_TOKENS={run.args.val_max_tokens}: what follows is not the full score{mark}")
-    val_loss, val_bpb = eval_val(run.args, compiled_loss, run.inputs.val_tokens, *run.inputs.byte_tables, run.log)
+    run.world.require_same(run.model, run.step)
+    val_loss, val_bpb = eval_val(run.args, lambda x, y: run.safe_point(stage) or run.compiled_loss(x, y), tokens,
+                                 *run.inputs.byte_tables, run.log, run.world)
     require(math.isfinite(val_loss), f"after step {run.step} val_loss:{val_loss} is not finite", RunError)
     return val_loss, val_bpb, mark
-
 def warm_up(run: Run) -> None:
     """Make MLX compile and allocate what training and validation will use, and learn nothing from it. One batch of each
     size does; WARMUP_STEPS only says whether, and is logged. The loader is a throwaway one, the state is put back."""
@@ -1199,10 +1241,9 @@ def warm_up(run: Run) -> None:
     run.safe_point("warmup")
     before = tree_map(lambda array: array, training_state(run))
     sizes = token_chunks(args.microbatch_tokens, args.train_seq_len, args.mlx_max_microbatch_tokens)
-    primer.train_batch_tokens, primer.grad_accum_steps = sizes[0] + sizes[-1], 1  # two chunks, of all sizes there are
-    primer.mlx_max_microbatch_tokens = sizes[0]
+    vars(primer).update(train_batch_tokens=sizes[0] + sizes[-1], grad_accum_steps=1, mlx_max_microbatch_tokens=sizes[0])
     loader = TokenLoader(args.train_files, vocab_size=args.vocab_size)
-    _, grads = loss_and_grad_chunked(primer, loader, run.compiled_loss_and_grad)
+    _, grads = loss_and_grad_chunked(primer, loader, run.compiled_loss_and_grad, run.world.size, run.world)
     run.optimizers.step(run.model, clip_grad_tree(grads, args.grad_clip_norm), step=0, lr_mul=1.0)
     mx.eval(training_state(run))
     set_training_state(run, before)
@@ -1224,7 +1265,8 @@ def train(run: Run) -> None:
     loader.stream.seek(*run.position)
     losses: list[str] = []  # the last ones
     while True:
-        run.answered, reason = (True, "interrupted") if run.signal else (False, "wallclock_cap")
+        ranks = run.world.gather((run.train_ms, run.signal))  # all go by rank 0's clock, and end when one is to end
+        run.train_ms, run.answered = ranks[0][0], any(signal for _, signal in ranks)
         finished, at_step = run.answered or run.is_trained(), f"step:{run.step}/{args.iterations}"
         try:
             if run.answered or (args.checkpoint_every > 0 and (finished or run.step % args.checkpoint_every == 0)):
@@ -1240,14 +1282,14 @@ def train(run: Run) -> None:
             break
         lr_mul = args.lr_mul(run.step, run.train_ms)
         started = time.perf_counter()
-        train_loss, grads = loss_and_grad_chunked(args, loader, run.compiled_loss_and_grad, args.grad_accum_steps)
+        loss, grads = loss_and_grad_chunked(args, loader, run.compiled_loss_and_grad, args.grad_accum_steps, run.world)
         run.optimizers.step(run.model, clip_grad_tree(grads, args.grad_clip_norm), run.step, lr_mul)
         del grads  # or else the next step would find their memory taken
-        mx.eval(train_loss, run.model.parameters())
+        mx.eval(loss, run.model.parameters())
         step_ms = 1000.0 * (time.perf_counter() - started)
         run.step, run.train_ms = run.step + 1, run.train_ms + step_ms
         run.position = (loader.stream.file_idx, loader.stream.pos, loader.stream.epoch)
-        loss, at_step, so_far = train_loss.item(), f"step:{run.step}/{args.iterations}", ", ".join(losses) or "none"
+        loss, at_step, so_far = loss.item(), f"step:{run.step}/{args.iterations}", ", ".join(losses) or "none"
         require(math.isfinite(loss), f"{at_step} train_loss:{loss} is not finite; lr_mul:{lr_mul:.4f}; the last finite "
                 f"losses: {so_far}; what came after step {run.checkpointed_step} is not saved", RunError)
         losses = [*losses[-4:], f"{loss:.4f}"]
@@ -1257,8 +1299,8 @@ def train(run: Run) -> None:
         if run.step == min(3, args.iterations) or (run.is_trained() and run.step < 3):  # their length is known by now
             log_warmdown(run, run.step, run.train_ms)
     if run.step < args.iterations:
+        reason = "interrupted" if run.answered else "wallclock_cap"
         log(f"stopping_early: {reason} train_time:{run.train_ms:.0f}ms {at_step}")
-
 def log_warmdown(run: Run, step: int, train_ms: float) -> None:
     """Tell when the whole run lies inside the warmdown, so that the full learning rate is used once at the most."""
     args, cap_ms = run.args, 1000.0 * run.args.max_wallclock_seconds  # the last step that fits ends it
@@ -1267,12 +1309,13 @@ def log_warmdown(run: Run, step: int, train_ms: float) -> None:
         run.log(f"warmdown:whole_run lr_mul:{args.lr_mul(step, train_ms):.4f} "
                 f"steps_that_fit:{min(scheduled, args.iterations)} warmdown_iters:{args.warmdown_iters} "
                 f"(after the first step the rate is never the full one; WARMDOWN_ITERS={scheduled} would start at it)")
-
 def save(run: Run) -> Path:
     """Write the weights as they are (.npz) and compressed (.int8.ptz); returns the latter's path. Raises RunError."""
     log, flat_state = run.log, dict(tree_flatten(run.model.state))
     npz_path, artifact_path = run.path(NPZ_SUFFIX), run.path(ARTIFACT_SUFFIX)
     require_finite(flat_state, run.step)
+    if run.world.rank > 0:
+        return artifact_path
     quant_obj, stats = quantize_state_dict_int8(flat_state)
     require_finite(dequantize_state_dict_int8(quant_obj), run.step)  # float16 ends at 65504
     npz = io.BytesIO()
@@ -1288,14 +1331,13 @@ def save(run: Run) -> Path:
     payload, total_bytes = stats["int8_payload_bytes"], code_bytes + artifact_bytes
     log(f"serialized_model_int8_zlib:{artifact_bytes} bytes (payload:{payload} raw_pickle:{len(raw)} "
         f"payload_ratio:{stats['baseline_tensor_bytes'] / max(payload, 1):.2f}x)")
-    verdict = "under" if total_bytes <= SUBMISSION_CAP_BYTES else "OVER"
     log(f"Code size: {code_bytes} bytes")
-    log(f"Total submission size int8+zlib: {total_bytes} bytes ({verdict} the cap of {SUBMISSION_CAP_BYTES} bytes)")
+    log(f"Total submission size int8+zlib: {total_bytes} bytes "
+        f"({'under' if total_bytes <= SUBMISSION_CAP_BYTES else 'OVER'} the cap of {SUBMISSION_CAP_BYTES} bytes)")
     return artifact_path
-
 def score(run: Run, path: Path) -> None:
     """Read a saved model back into the model and validate it. Of the compressed one that is the run's score."""
-    state = load_flat_state(path, dict(tree_flatten(run.model.state)))
+    state = load_flat_state(path, dict(tree_flatten(run.model.state)), run.world)
     run.model.update(tree_unflatten(list(state.items())))
     started = time.perf_counter()
     val_loss, val_bpb, mark = validate(run, "final scoring")
@@ -1307,13 +1349,16 @@ def score(run: Run, path: Path) -> None:
 def main() -> None:
     """One run, as the environment says. Raises InputError or NotImplementedError for what is wrong before a step is
     done, RunError for what fails after, KeyboardInterrupt when a signal left no score."""
-    args = Hyperparameters()
-    run = set_up(args, read_inputs(args))  # before the log is opened: a run that cannot start leaves nothing behind
+    world, args, began = World.join(), Hyperparameters(), False
+    run = set_up(args, read_inputs(args, world), world)
     with signals_watched(run) if threading.current_thread() is threading.main_thread() else contextlib.nullcontext():
-        resume(run)
-        goes_on = (LOG_SUFFIX, CHECKPOINT_SUFFIX) if run.path(CHECKPOINT_SUFFIX).resolve() in run.saved else ()
-        log = run.log = open_log(args, SUFFIXES if args.eval_artifact else goes_on)
         try:
+            require_agreement(run)
+            resume(run)
+            goes_on = (LOG_SUFFIX, CHECKPOINT_SUFFIX) if run.path(CHECKPOINT_SUFFIX).resolve() in run.saved else ()
+            if world.rank == 0:  # not before: a run that cannot start leaves nothing behind
+                run.log = open_log(args, SUFFIXES if args.eval_artifact else goes_on)
+            began = True
             log_configuration(run)
             if args.eval_artifact:
                 score(run, Path(args.eval_artifact))
@@ -1322,20 +1367,20 @@ def main() -> None:
                 train(run)
                 score(run, save(run))
         except BaseException as error:
-            if run.signal and type(error) is RuntimeError:  # Ctrl-C also ended the compiler that MLX calls on a CPU
+            if type(error) is RuntimeError and world.size > 1:
+                error = ConnectionError(f"another process of the run is gone, so it ends here, too ({error})")
+            elif type(error) is RuntimeError and run.signal:  # Ctrl-C also ended the compiler that MLX calls on a CPU
                 error = KeyboardInterrupt(f"interrupted by {run.signal} during a computation: no score; saved: ")
             if isinstance(error, (KeyboardInterrupt, InputError, OSError)):  # the model is as the last step left it
                 write_checkpoint(run)
             if isinstance(error, KeyboardInterrupt):
                 error.args = (f"{error}{', '.join(map(str, run.saved)) or 'nothing'}",)
-            log(f"error: {error}", console=False)
-            if run.step > 0 and isinstance(error, (InputError, OSError)):  # of a shard that was opened during the run
+            run.log(f"error: {error}", console=False)
+            if began and run.step > 0 and isinstance(error, (InputError, OSError)):  # of a shard opened during the run
                 raise RunError(str(error)) from error
             raise error
-
 def command_line(arguments: list[str]) -> int:
-    """The exit status: 0 for a score or --help, 2 for what was wrong before training, 1 for what failed then, 130 for
-    an interruption that left no score."""
+    """The exit status: 0 a score or --help, 2 wrong before training, 1 failed later, 130 interrupted, no score."""
     if arguments in (["--help"], ["-h"]):
         print(help_text())
         return 0
@@ -1343,9 +1388,10 @@ def command_line(arguments: list[str]) -> int:
         require(not arguments, f"{' '.join(arguments)}: settings are environment variables, as SEED=7; see --help")
         main()
         return 0
-    except (InputError, NotImplementedError, RunError, KeyboardInterrupt) as error:
-        status = 130 if isinstance(error, KeyboardInterrupt) else 1 if isinstance(error, RunError) else 2
-        lines = [f"error: {line}" for line in (str(error) or "interrupted before anything was done").splitlines()]
+    except (InputError, NotImplementedError, RunError, ConnectionError, KeyboardInterrupt) as error:
+        status = 130 if isinstance(error, KeyboardInterrupt) else 2 - isinstance(error, (RunError, ConnectionError))
+        rank = f"rank {os.environ['MLX_RANK']}: " if os.environ.get("MLX_RANK", "0") != "0" else ""
+        lines = [f"error: {rank}{line}" for line in (str(error) or "interrupted before anything was done").splitlines()]
         for line in lines + (misspelt_settings() if status == 2 else []):
             tell(line, sys.stderr)
         return status

@@ -112,7 +112,7 @@ class TestResume:
         done = run(iterations=5, checkpoint_every=3, resume="auto")
         after = (first.folder / "r.txt").read_text()
         assert after.startswith(before + "half a li\n")
-        assert after.count("# 9. The run -----") == 1  # the source is there once
+        assert after.count("# 10. The run -----") == 1  # the source is there once
         assert after[len(before) + len("half a li\n") :].splitlines() == done.out[1:]
         assert {"r_mlx_model.npz", "r_mlx_model.npz.1", "r_mlx_model.int8.ptz.1"} <= set(done.files())
         afresh = run(iterations=1, checkpoint_every=1)

@@ -394,7 +394,7 @@ class TestFullDisk:
     def test_disk_that_is_full(self, run, tmp_path):
         disk = tmp_path / "out"
         disk.mkdir()
-        mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
+        mount = ["mount", "-t", "tmpfs", "-o", "size=288k", "tmpfs", str(disk)]
         if subprocess.run(mount, capture_output=True).returncode:
             pytest.skip("a small disk cannot be mounted here")
         try:

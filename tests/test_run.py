@@ -43,7 +43,7 @@ def test_every_log_line_in_its_order_and_every_file(run, data):
         "tie_embeddings:True",
         "iterations:12 train_batch_tokens:128 grad_accum_steps:2 microbatch_tokens:64 microbatch_batch_size:4 "
         r"val_batch_size:256 warmup_steps:2 max_wallclock_seconds:600\.000",
-        "mlx_max_microbatch_tokens:48",
+        "mlx_max_microbatch_tokens:48", "world_size:1",
         r"optimizer:muon\+adam muon_matrix_params:12 scalar_params:9 embed_lr:0\.05 matrix_lr:0\.04 scalar_lr:0\.04 "
         r"muon_momentum:0\.95 muon_steps:5",
         f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={data}/tokenizers/tiny.model",
