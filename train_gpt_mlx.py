@@ -1177,7 +1177,7 @@ def resume(run: Run) -> None:
         possible = run.step > 0 <= run.train_ms < math.inf and min(file_idx, pos, epoch - 1) >= 0
         require(possible and file_idx < run.inputs.train_shards, "its place in the run is impossible")
         run.args.run_id = run.args.run_id if "RUN_ID" in os.environ else about["run_id"]
-        require(not list(path_problems(run.args)), f"RUN_ID={about['run_id']!r} cannot be one")  # a stranger's, maybe
+        require(not list(path_problems(run.args, run.world)), f"RUN_ID={about['run_id']!r} cannot be one")  # a stranger's, maybe
     except Exception as error:  # whatever a damaged file makes of its readers
         reason = str(error) if isinstance(error, InputError) else getattr(error, "strerror", None) or repr(error)
         raise InputError(f"RESUME={path}: cannot go on from there: {ascii(reason)[1:-1]}") from None

@@ -453,7 +453,7 @@ class TestQuickLook:
 def test_optimizer_state_is_there_before_the_first_step_and_survives_a_round_trip(tmp_path):
     args = settings()
     model = build_model(args)
-    run = tg.Run(args, None, print, model, tg.SplitOptimizers(model, args), None, None)
+    run = tg.Run(args, None, model, tg.SplitOptimizers(model, args), None, None)
     names = {name for name, _ in tree_flatten(tg.training_state(run))}
     grads = tg.tree_map(lambda p: mx.ones_like(p) * 0.1, model.parameters())
     run.optimizers.step(model, grads, 0, 1.0)

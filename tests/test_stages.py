@@ -29,7 +29,7 @@ def stages(tmp_path, tokenizer):
         inputs = tg.Inputs("set", 1, None, learnable_tokens(8 * 11 + 1, 64, 9).astype(np.int32), tables)
         lines: list[str] = []
         loss_and_grad = nn.value_and_grad(model, model.loss)
-        return tg.Run(args, inputs, lines.append, model, tg.SplitOptimizers(model, args), model.loss, loss_and_grad)
+        return tg.Run(args, inputs, model, tg.SplitOptimizers(model, args), model.loss, loss_and_grad, log=lines.append)
 
     return make
 
