@@ -392,8 +392,7 @@ def split_heads(dim: int, num_heads: int, num_kv_heads: int) -> int:
     return dim // num_heads
 @mx.custom_function
 def exp_below(x: mx.array, top: mx.array) -> mx.array:
-    """e**(x - top), without a gradient for top. On a Linux CPU MLX's exp takes 25 ns an element and its power, which is
-    as exact, 9; but power's own gradient computes log(e) for every element."""
+    """e**(x - top), no gradient for top. On Linux CPUs exp takes 25 ns, power 9, but its gradient computes log(e)."""
     return mx.power(mx.array(math.e, dtype=x.dtype), x - top)
 exp_below.vjp(lambda primals, cotangent, output: (cotangent * output, mx.zeros_like(primals[1])))
 def softmax_attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
@@ -621,8 +620,7 @@ def clip_grad_tree(grads_tree: dict, max_norm: float) -> dict:
 # In: what one process has. Out: what all have. For one process, a world of one, nothing here does a thing: then read
 # over each `world` below. MLX's launcher starts several, the ranks, on one machine or more, to share the batches.
 class World:
-    """The processes of a run, of which this is number `rank` of `size`. All must call the same methods in the same
-    order, which raise MLX's RuntimeError when one of the others is gone."""
+    """The processes of a run, of which this is number `rank` of `size`. All must call its methods in the same order."""
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size, self.waiting = rank, size, False
         # In a stream of their own messages travel while a CPU computes; where a GPU computes, they have the CPU's.
@@ -642,7 +640,7 @@ class World:
         require(group.size() == 1 or recent, f"MLX {mx.__version__} is too old for several processes: 0.32.1 is needed")
         return cls(group.rank(), group.size())
     def wait(self, *arrays: Any) -> None:
-        """Evaluate what the other ranks have a part in. NumPy alone would not learn that one of them is gone."""
+        """Evaluate what other ranks have a part in; RuntimeError if one is gone, which np.array() would not raise."""
         self.waiting = True
         mx.eval(*arrays)
         self.waiting = False
@@ -651,10 +649,13 @@ class World:
         connections = select.poll()
         for fd in filter(lambda fd: Path(f"/dev/fd/{fd}").is_socket(), range(3, 256)):
             connections.register(fd, select.POLLHUP | getattr(select, "POLLRDHUP", 0))  # which is Linux's name for it
+        for fd, _ in connections.poll(0):  # MLX leaves open what at first it could not connect
+            connections.unregister(fd)
         seconds = 0
         while seconds < 10:
             time.sleep(1.0)
-            seconds = seconds + 1 if self.waiting and connections.poll(0) else 0
+            gone = any(event & ~select.POLLNVAL for _, event in connections.poll(0))
+            seconds = seconds + 1 if gone and self.waiting else 0
         tell(f"error: rank {self.rank}: another process of the run is gone, so it ends here, too", sys.stderr)
         os._exit(1)
     def gather(self, value: Any) -> list[Any]:
@@ -766,8 +767,7 @@ def eval_val(args: Hyperparameters, compiled_loss: Loss, val_tokens: np.ndarray,
     return val_loss, val_loss / math.log(2.0) * (num_tokens / num_bytes)
 
 # 9. Compression -----------------------------------------------------------------------------------------------
-# In: the model's state, a flat dict. Out: an object of NumPy arrays, int8 where they are large and float16 or
-# float32 elsewhere, and the way back. The format, int8_clean_per_row_v1, is shared with other implementations.
+# In: the model's flat state. Out: NumPy arrays, int8 where they are large, in a format shared with others, and back.
 QUANT_FORMAT = "int8_clean_per_row_v1"
 INT8_KEEP_FLOAT_MAX_NUMEL = 65_536  # tensors of at most so many elements stay floating
 INT8_KEEP_FLOAT_STORE_DTYPE = np.float16
@@ -1177,7 +1177,7 @@ def resume(run: Run) -> None:
         possible = run.step > 0 <= run.train_ms < math.inf and min(file_idx, pos, epoch - 1) >= 0
         require(possible and file_idx < run.inputs.train_shards, "its place in the run is impossible")
         run.args.run_id = run.args.run_id if "RUN_ID" in os.environ else about["run_id"]
-        require(not list(path_problems(run.args, run.world)), f"RUN_ID={about['run_id']!r} cannot be one")  # a stranger's, maybe
+        require(not list(path_problems(run.args, run.world)), f"RUN_ID={about['run_id']!r} cannot be one")
     except Exception as error:  # whatever a damaged file makes of its readers
         reason = str(error) if isinstance(error, InputError) else getattr(error, "strerror", None) or repr(error)
         raise InputError(f"RESUME={path}: cannot go on from there: {ascii(reason)[1:-1]}") from None
