@@ -3,6 +3,7 @@
     .venv/bin/python tests/bench.py                       # the default model, sequences of 1,024 tokens
     .venv/bin/python tests/bench.py --against HEAD~1      # the same for both, in turn, and the ratios
     .venv/bin/python tests/bench.py --growth              # cost as sequences, layers, batch and validation grow
+    .venv/bin/python tests/bench.py --processes 2         # whole steps of 1 and 2 processes, one BLAS thread each
     NUM_LAYERS=2 MODEL_DIM=128 TRAIN_SEQ_LEN=256 .venv/bin/python tests/bench.py --seqs 8
 
 Settings are the script's environment variables, but for the batch: training is --chunks chunks of --seqs sequences,
@@ -213,6 +214,34 @@ def compare(scripts: list[Path], options: argparse.Namespace) -> None:
         print(f"{name:<24}" + "".join(f"{cell:>14}" for cell in cells))
 
 
+def scaling(script: Path, processes: int, options: argparse.Namespace) -> None:
+    """Print tokens a second of whole training steps, of one process and of several, in turn, and the ratios. A step has
+    8 microbatches of --seqs sequences; each process has one thread for its products."""
+    seq_len = int(os.environ.get("TRAIN_SEQ_LEN", 1024))
+    settings = {"GRAD_ACCUM_STEPS": 8, "TRAIN_BATCH_TOKENS": 8 * options.seqs * seq_len, "WARMUP_STEPS": 1,
+                "MLX_MAX_MICROBATCH_TOKENS": options.seqs * seq_len, "ITERATIONS": 3, "MAX_WALLCLOCK_SECONDS": 0,
+                "VAL_BATCH_SIZE": 8 * seq_len, "VAL_MAX_TOKENS": seq_len, "OPENBLAS_NUM_THREADS": 1}  # fmt: skip
+
+    def rate(count: int) -> float:
+        """The ranks are started as the launcher does, but without it: it takes a processor for itself."""
+        with tempfile.TemporaryDirectory() as folder:
+            hosts = Path(folder, "hosts.json")
+            hosts.write_text(json.dumps([[f"127.0.0.1:{32_400 + rank}"] for rank in range(count)]))
+            environment = {**SAMPLE, **os.environ, **{k: str(v) for k, v in settings.items()}, "OUT_DIR": folder}
+            environment |= {"MLX_HOSTFILE": str(hosts)} if count > 1 else {}
+            ranks = [subprocess.Popen([sys.executable, script], env=environment | {"MLX_RANK": str(rank)}, text=True,
+                                      stdout=subprocess.PIPE) for rank in range(count)]  # fmt: skip
+            out, *_ = [rank.communicate()[0] for rank in ranks]
+        rates = [line.split("tok_s:")[1] for line in out.splitlines() if "tok_s:" in line]
+        return statistics.median(map(float, rates))
+
+    pairs = [(rate(1), rate(processes)) for _ in range(options.repeats)]
+    ratios = [many / one for one, many in pairs]
+    one, many = (statistics.median(column) for column in zip(*pairs, strict=True))
+    print(f"1 process {one:.0f} tok/s, {processes} processes {many:.0f} tok/s, {statistics.median(ratios):.2f} times "
+          f"({min(ratios):.2f} to {max(ratios):.2f})")
+
+
 def growth(script: Path, options: argparse.Namespace) -> None:
     """Print, as Markdown, microseconds a token and peak memory for 1, 2 and 4 times as much of everything."""
     seq_len, layers = (int(os.environ.get(name, value)) for name, value in (("TRAIN_SEQ_LEN", 512), ("NUM_LAYERS", 9)))
@@ -250,12 +279,15 @@ def main() -> None:
                         help="how often to measure the start of a run (default 3; against a version that warms up with "
                         "whole batches this takes by far the longest: 0 leaves it out)")  # fmt: skip
     parser.add_argument("--growth", action="store_true", help="only the table of cost as work grows")
+    parser.add_argument("--processes", type=int, metavar="N", help="only how N processes compare with one")
     options = parser.parse_args()
     if not Path(SAMPLE["TOKENIZER_PATH"]).exists():
         sys.exit(f"{SAMPLE['TOKENIZER_PATH']} is not there: make the sample first, python data/prepare.py")
     script = REPO / "train_gpt_mlx.py"
     if options.growth:
         return growth(script, options)
+    if options.processes:
+        return scaling(script, options.processes, options)
     with tempfile.TemporaryDirectory() as folder:
         scripts = [script]
         if options.against:

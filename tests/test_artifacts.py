@@ -291,7 +291,7 @@ def test_damaged_files(path, tmp_path):
     refusal(path)
     written(path, [1, 2])
     refusal(path)
-    assert "no such file" in refusal(tmp_path / "none.int8.ptz")
+    assert "No such file" in refusal(tmp_path / "none.int8.ptz")
     assert "Is a directory" in refusal(tmp_path)
 
 
