@@ -340,18 +340,20 @@ base.World.wait = wait
         assert "error: rank 0: another process of the run is gone" in done.err
         assert process.alive(2) == []
 
-    def test_ranks_that_drift_are_named(self, job):
-        drift = """
+    @pytest.mark.parametrize(("size", "drifter", "at", "found"), [(4, 0, 2, 4), (2, 1, 0, 0)])
+    def test_ranks_that_drift_are_named(self, job, size, drifter, at, found):
+        """At the next validation, and in the warmup if they do so from the first step."""
+        drift = f"""
 inner = base.SplitOptimizers.step
 def step(self, model, grads, step, lr_mul):
     inner(self, model, grads, step, lr_mul)
-    if rank == 0 and step == 2:
+    if rank == {drifter} and step == {at}:
         model.skip_weights = model.skip_weights + 1e-7
 base.SplitOptimizers.step = step
 """
-        done = job(4, fork=drift, **EIGHT | dict(val_loss_every=2)).finish(60)
-        assert "error: rank 0 drifted: after step 4 " in done.err
-        assert len(done.lines("val_loss")) == 2  # of steps 0 and 2
+        done = job(size, fork=drift, **EIGHT | dict(val_loss_every=2)).finish(60)
+        assert f"rank {drifter} drifted: after step {found} " in done.err
+        assert len(done.lines("val_loss")) == at  # of steps 0 and 2, or none
         assert "Traceback" not in done.err
         assert not done.lines("final_int8")
 

@@ -327,3 +327,19 @@ def test_compiled_functions_see_new_weights():
     model.tok_emb.weight = model.tok_emb.weight * 40
     assert compiled(ids, ids).item() == pytest.approx(model.loss(ids, ids).item(), rel=1e-5)
     assert abs(compiled(ids, ids).item() - before) > 0.1
+
+
+@pytest.mark.slow
+def test_fork_that_replaces_a_setting_by_a_value_of_its_own(run):
+    code = f"""
+import sys
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import train_gpt_mlx as base
+class Mine(base.Hyperparameters):
+    run_id = "mine"
+base.Hyperparameters = Mine
+base.main()
+"""
+    done = run(script=("-c", code), iterations=1)
+    assert (done.code, done.err) == (0, "")
+    assert "mine_mlx_model.npz" in done.files()
