@@ -198,9 +198,9 @@ def test_the_long_warmdown_is_announced_with_the_numbers(run):
                       capped.lines("^warmdown:")[0])  # fmt: skip
     third = re.search(r"train_time:(\d+)ms", capped.lines("^step:3/500")[0])
     step_ms = int(third[1]) / 3
-    assert int(found[3]) == pytest.approx(1000 / step_ms, rel=0.05, abs=1)
+    assert int(found[3]) == pytest.approx(2000 / step_ms, rel=0.05, abs=1)
     assert int(found[2]) == min(int(found[3]), 500)
-    assert float(found[1]) == pytest.approx((1000 - 3 * step_ms) / (100_000 * step_ms), abs=1e-4)
+    assert float(found[1]) == pytest.approx((2000 - 3 * step_ms) / (100_000 * step_ms), abs=1e-4)
 
 
 def test_settings_reach_the_training(run):
