@@ -20,11 +20,12 @@ from mlx.utils import tree_flatten
 
 import train_gpt_mlx as tg
 from helpers import REPO, build_model, learnable_tokens, settings, write_shard
-from runs import SCRIPT, Outcome, Process, command, environment
+from runs import ON_CPU, SCRIPT, Outcome, Process, command, environment
 
 MLX_VERSION = tuple(int(number) for number in re.findall("[0-9]+", mx.__version__)[:3])
 LAUNCHER = Path(sys.executable).with_name("mlx.launch")
 needs_launcher = pytest.mark.skipif(MLX_VERSION < (0, 32, 1), reason="several processes need MLX 0.32.1 or later")
+CLOSE, CLOSE_AS_LOGGED = (1e-5, 3e-5) if ON_CPU else (1e-3, 1e-3)  # GPUs add in no fixed order; logs have 4 places
 EIGHT = dict(grad_accum_steps=8, train_batch_tokens=384, val_batch_size=256, iterations=20, train_log_every=1)
 SHORT = EIGHT | dict(iterations=4)
 FOR_EVER = EIGHT | dict(iterations=10_000_000)
@@ -138,11 +139,11 @@ class TestSameAsOneProcess:
         done = job(size, fork=EXACT_LOSSES, **EIGHT).finish()
         assert (done.code, done.err) == (0, "")
         assert len(exact(alone)) == 20 + 1  # the first is the warmup's
-        assert exact(done)[1:] == pytest.approx(exact(alone)[1:], rel=1e-5)
+        assert exact(done)[1:] == pytest.approx(exact(alone)[1:], rel=CLOSE)
         assert done.lines("world_size") == [f"world_size:{size}"]
         assert len(done.lines("WARNING: starting epoch:2")) == 1  # all walk the same stream, across files and epochs
         assert log_of(done) == log_of(alone)
-        assert done.score() == pytest.approx(alone.score(), rel=1e-5)
+        assert done.score() == pytest.approx(alone.score(), rel=CLOSE)
         assert done.files() == alone.files()  # of rank 0 alone
         assert done.log() == [line for line in done.out[1:] if not line.startswith("exact")]
 
@@ -150,7 +151,7 @@ class TestSameAsOneProcess:
     def test_of_the_launcher_and_eight(self, job, alone, size):
         done = job(size, fork=EXACT_LOSSES, **SHORT).finish()
         assert (done.code, done.err) == (0, "")
-        assert exact(done)[1:] == pytest.approx(exact(alone)[1:5], rel=1e-5)
+        assert exact(done)[1:] == pytest.approx(exact(alone)[1:5], rel=CLOSE)
         assert done.lines("world_size") == [f"world_size:{size}"]
 
     @pytest.mark.parametrize(("size", "batch", "batches"), [(2, 256, 13), (4, 128, 25), (2, 3200, 1)])
@@ -158,9 +159,9 @@ class TestSameAsOneProcess:
         artifact = alone.folder / "r_mlx_model.int8.ptz"
         done = job(size, **EIGHT | dict(eval_artifact=artifact, val_batch_size=batch)).finish()
         assert (done.code, done.err) == (0, "")
-        assert done.score() == pytest.approx(alone.score(), rel=1e-6)
+        assert done.score() == pytest.approx(alone.score(), rel=CLOSE / 10)
         bpb = [float(outcome.lines("_exact")[0].split("val_bpb:")[1]) for outcome in (done, alone)]
-        assert bpb[0] == pytest.approx(bpb[1], rel=1e-6)
+        assert bpb[0] == pytest.approx(bpb[1], rel=CLOSE / 10)
         logged = [f"val_progress:{i}/{batches}" for i in {1, batches} if batches > 1]
         assert done.lines("val_progress") == logged  # as one process logs it
 
@@ -168,7 +169,7 @@ class TestSameAsOneProcess:
         changes = SHORT | dict(mlx_eager_eval=0, grad_clip_norm=0.1, val_max_tokens=64, checkpoint_every=2)
         alone, done = run(**changes, run_id="alone"), job(2, **changes).finish()
         assert (done.code, done.err) == (0, "")
-        assert done.losses() == pytest.approx(alone.losses(), rel=3e-5)  # they are logged to four places
+        assert done.losses() == pytest.approx(alone.losses(), rel=CLOSE_AS_LOGGED)  # they are logged to four places
         assert len(done.lines("^checkpoint:")) == 2
         assert done.lines("_exact .*val_tokens:64/400")
 
@@ -266,8 +267,8 @@ class TestFromRankZero:
         done = job(2, prelude, **EIGHT, out_dir="out", resume=checkpoint, run_id=None).finish()
         assert (done.code, done.err) == (0, "")
         assert done.lines("^run_id:") == [f"run_id:{name}"]
-        assert done.losses() == pytest.approx(alone.losses()[14:], rel=3e-5)
-        assert done.score() == pytest.approx(alone.score(), rel=1e-5)
+        assert done.losses() == pytest.approx(alone.losses()[14:], rel=CLOSE_AS_LOGGED)
+        assert done.score() == pytest.approx(alone.score(), rel=CLOSE)
         again = job(2, prelude, **EIGHT, out_dir="out", eval_artifact=f"out/{name}_mlx_model.int8.ptz").finish()
         assert again.score() == done.score()
         assert not (done.folder.parent / "elsewhere/out").exists()
@@ -317,8 +318,8 @@ class TestEndings:
         step = int(mx.load(str(path), return_metadata=True)[1]["about"].split('"step": ')[1].split(",")[0])
         assert step >= 3 if rank else step >= 2  # rank 0 writes one of the last whole step
         resumed = run(**EIGHT, resume="auto")  # in a world of another size
-        assert resumed.losses() == pytest.approx(alone.losses()[step:], rel=3e-5)
-        assert resumed.score() == pytest.approx(alone.score(), rel=1e-5)
+        assert resumed.losses() == pytest.approx(alone.losses()[step:], rel=CLOSE_AS_LOGGED)
+        assert resumed.score() == pytest.approx(alone.score(), rel=CLOSE)
 
     def test_mlx_that_waits_for_ever_for_a_rank_that_died(self, job):
         stuck = """
@@ -423,5 +424,5 @@ def test_two_hosts(hosts, data, run, tmp_path, monkeypatch):
     )  # fmt: skip
     outcome = Outcome(done.returncode, done.stdout.splitlines(), done.stderr, tmp_path / "out")
     assert outcome.lines("world_size") == ["world_size:2"]
-    assert outcome.losses() == pytest.approx(alone.losses(), rel=3e-5)
-    assert outcome.score() == pytest.approx(alone.score(), rel=1e-5)
+    assert outcome.losses() == pytest.approx(alone.losses(), rel=CLOSE_AS_LOGGED)
+    assert outcome.score() == pytest.approx(alone.score(), rel=CLOSE)
