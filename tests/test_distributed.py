@@ -284,7 +284,7 @@ if rank == 1:
         done = job(2, fork=fast, **changes).finish(60)
         assert (done.code, done.err) == (0, "")
         (stop,) = done.lines("^stopping_early: wallclock_cap")
-        assert 1000 <= int(re.search(r"train_time:(\d+)ms", stop)[1]) < 3000
+        assert 1000 <= int(re.search(r"train_time:(\d+)ms", stop)[1]) < 100_000  # and by the slower clock
         assert done.lines("_exact")
 
 
