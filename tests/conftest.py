@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import hypothesis
 import mlx.core as mx
 import pytest
 import sentencepiece as spm
@@ -17,6 +18,8 @@ import train_gpt_mlx as tg
 from helpers import learnable_tokens, write_shard
 from runs import Outcome, Process, Start, command, environment
 
+hypothesis.settings.register_profile("busy", deadline=None)  # an example may take as long as a busy machine makes it
+hypothesis.settings.load_profile("busy")
 SETTING_NAMES = [setting.variable for owner in (tg.Hyperparameters, tg.ModuleSettings)
                  for setting in tg.settings_of(owner).values()]  # fmt: skip
 
