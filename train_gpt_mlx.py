@@ -676,7 +676,7 @@ class World:
         if self.size == 1:
             return loss, grads
         keys = list(reversed(grads))
-        *means, loss = nn.average_gradients([*(grads[key].astype(mx.float32) for key in keys), loss],
+        loss, *means = nn.average_gradients([loss, *(grads[key].astype(mx.float32) for key in keys)],
                                             communication_stream=self.stream)
         self.wait(means, loss)
         return loss, {key: mean.astype(grads[key].dtype) for key, mean in zip(keys, means, strict=True)}
