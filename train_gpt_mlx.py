@@ -39,15 +39,12 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-
-def preload_openblas() -> bool:
-    """Put OpenBLAS, where a Linux machine has it, before the slow BLAS inside MLX's CPU wheel. This must precede MLX's
-    import, which takes the first in the process's global scope. Returns whether that is OpenBLAS (not on macOS)."""
-    if sys.platform == "linux" and "mlx.core" not in sys.modules and os.environ.get("MLX_PRELOAD_BLAS") != "0":
-        with contextlib.suppress(OSError):  # not installed: the run's log says so, and how to get it
-            ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
-    return hasattr(ctypes.CDLL(None), "openblas_get_config")
-HAS_OPENBLAS = preload_openblas()
+# MLX takes the first BLAS in the process's global scope. Where a Linux machine has OpenBLAS, put it there before MLX's
+# import does so with the slow one inside its CPU wheel.
+if sys.platform == "linux" and "mlx.core" not in sys.modules and os.environ.get("MLX_PRELOAD_BLAS") != "0":
+    with contextlib.suppress(OSError):  # not installed: the run's log says so, and how to get it
+        ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
+HAS_OPENBLAS = hasattr(ctypes.CDLL(None), "openblas_get_config")
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -70,6 +67,7 @@ def require(condition: bool, message: str, error: type[Exception] = InputError) 
     """Raise the error unless the condition holds."""
     if not condition:
         raise error(message)
+
 @dataclass
 class Setting:
     """One environment variable, named after the class attribute in upper case; an instance keeps what it first read."""
@@ -173,8 +171,7 @@ class Hyperparameters:
         if self.warmdown_iters <= 0:
             return 1.0
         if self.max_wallclock_seconds <= 0:
-            in_warmdown = max(self.iterations - self.warmdown_iters, 0) <= step < self.iterations
-            return (self.iterations - step) / self.warmdown_iters if in_warmdown else 1.0
+            return min((self.iterations - step) / self.warmdown_iters, 1.0) if step < self.iterations else 1.0
         warmdown_ms = self.warmdown_iters * (elapsed_ms / max(step, 1))
         remaining_ms = max(1000.0 * self.max_wallclock_seconds - elapsed_ms, 0.0)
         return remaining_ms / warmdown_ms if remaining_ms <= warmdown_ms else 1.0
@@ -190,8 +187,7 @@ class ModuleSettings:
         meaning="small tensors saved in float32, not float16: those with one of these in their name")
 def backend() -> str:
     """Where MLX computes by default: "metal", "cuda" or "cpu"."""
-    gpu = mx.default_device() == mx.Device(mx.gpu)
-    return "cpu" if not gpu else "metal" if mx.metal.is_available() else "cuda"
+    return "cpu" if mx.default_device() != mx.Device(mx.gpu) else "metal" if mx.metal.is_available() else "cuda"
 MX_DTYPE_FROM_NAME = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 # auto: a GPU is fastest in bfloat16, a CPU in float32, which goes to BLAS. A run refuses other words, no import does.
 COMPUTE_DTYPE = {"bfloat16": mx.bfloat16, "float32": mx.float32}.get(
@@ -219,7 +215,7 @@ def help_text() -> str:
     return text.rstrip()
 
 # 2. Shards and streams ----------------------------------------------------------------------------------------
-# In: files of uint16 tokens. Out: an endless stream of (x, y) pairs in which y is x moved on by one token.
+# In: files of uint16 tokens. Out: an endless stream of (x, y) pairs in which y is x shifted by one token.
 LogFn = Callable[[str], Any]
 SHARD_MAGIC, SHARD_VERSION = 20240520, 1
 SHARD_HEADER_INTS = 256  # little-endian int32: magic, version, token count, then zeros
@@ -254,12 +250,12 @@ def find_shards(pattern: str) -> list[str]:
     require(bool(files), f"no shards match {pattern}: set DATA_PATH, or make some: {HOW_TO_GET_DATA}", MissingFileError)
     return files
 def check_shards(pattern: str, vocab_size: int) -> int:
-    """A checksum of the sizes of all shards of a pattern and the first million tokens. Raises InputError for no shard,
-    an empty one, and an id among that million that is not below vocab_size."""
+    """A checksum of all shards' sizes and the first million tokens. InputError: no shard, an empty one, a wrong id."""
     files = find_shards(pattern)
     sizes, first = [len(map_data_shard(path, least=1)) for path in files], map_data_shard(files[0])[:1_000_000]
     check_token_ids(first, vocab_size, files[0])
     return zlib.crc32(f"{sizes}".encode(), zlib.crc32(first))
+
 class TokenStream:
     """The tokens of all files of a pattern, in the order of their names, for ever. Attributes: `files`; `file_idx`,
     `tokens` and `pos`, the open file and its next token; `epoch`, from 1. A file is opened only when a token of it is
@@ -308,6 +304,7 @@ def load_validation_tokens(pattern: str, seq_len: int) -> np.ndarray:
     num_seqs = (len(tokens) - 1) // seq_len
     require(num_seqs > 0, f"{pattern}: {len(tokens)} tokens are too few for a sequence of TRAIN_SEQ_LEN={seq_len}")
     return tokens[: num_seqs * seq_len + 1]
+
 def validate_dataset_tokenizer_pair(data_path: str, tokenizer_path: str) -> tuple[str, int, int | None]:
     """Check the data set against the manifest.json two folders above it, where there is one that lists it.
     Returns (name of the data set, training shards present, training shards expected or None). Raises InputError for a
@@ -315,14 +312,13 @@ def validate_dataset_tokenizer_pair(data_path: str, tokenizer_path: str) -> tupl
     dataset_dir = Path(os.path.abspath(data_path))
     name, present = dataset_dir.name, len(list(dataset_dir.glob("fineweb_train_*.bin")))
     manifest_path = dataset_dir.parent.parent / "manifest.json"
-    if not manifest_path.is_file():
-        return name, present, None
     def get(of: Any, key: str, kind: type, default: Any = None) -> Any:
         value = of.get(key, default) if isinstance(of, dict) else None
         require(isinstance(value, kind), f"{manifest_path}: mend or move it: no {kind.__name__} {key!r} in {of!s:.60}")
         return value
     try:
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        nothing_listed = '{"datasets": []}'
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8") if manifest_path.is_file() else nothing_listed)
     except ValueError as error:
         raise InputError(f"{manifest_path}: not valid JSON ({error})") from None
     entry = next((entry for entry in get(manifest, "datasets", list) if get(entry, "name", str) == name), None)
@@ -392,12 +388,12 @@ def split_heads(dim: int, num_heads: int, num_kv_heads: int) -> int:
     return dim // num_heads
 @mx.custom_function
 def exp_below(x: mx.array, top: mx.array) -> mx.array:
-    """e**(x - top), no gradient for top. On Linux CPUs exp takes 25 ns an element, power 9, but has a slow gradient."""
+    """e**(x - top), no gradient for top. On Linux CPUs exp takes 25 ns an element, power 9, its own gradient more."""
     return mx.power(mx.array(math.e, dtype=x.dtype), x - top)
 exp_below.vjp(lambda primals, cotangent, output: (cotangent * output, mx.zeros_like(primals[1])))
 def softmax_attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-    """mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal") for a Linux CPU, where it is not the
-    products that take most of the time. So the softmax's sums divide the results, which are fewer than the weights."""
+    """mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal") for a Linux CPU, where the products
+    take less time than the rest. So the softmax's sums divide the results, which are fewer than the weights."""
     batch, heads, rows, head_dim = q.shape
     kv_heads, keys = k.shape[1:3]
     q = (q * scale).reshape(batch, kv_heads, -1, head_dim)  # heads that share keys are rows of one product
@@ -409,7 +405,7 @@ def softmax_attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx
 QUERY_BLOCK = 128  # 64 and 256 are as fast, or slower by up to a twentieth, at 1,024 tokens on 2 Linux cores
 def causal_attention(q: mx.array, k: mx.array, v: mx.array, scale: float, training: bool) -> mx.array:
     """Attention of each query to the keys up to its own: (batch, heads, seq, head_dim); fewer heads in k and v.
-    By its source, MLX stores no scores at usual widths for 16-bit floats on CUDA and, without gradients, on Metal.
+    By its source, MLX's stores no scores at usual widths for 16-bit floats on CUDA and, without gradients, on Metal.
     Otherwise queries come in blocks, each with the keys it may see: none is made to be masked (1.4 times as fast)."""
     attend, where = partial(mx.fast.scaled_dot_product_attention, scale=scale, mask="causal"), backend()
     if (where == "cuda" and q.dtype != mx.float32) or (where == "metal" and not training):
@@ -421,9 +417,8 @@ def causal_attention(q: mx.array, k: mx.array, v: mx.array, scale: float, traini
         [attend(q[:, :, end - QUERY_BLOCK : end], k[:, :, :end], v[:, :, :end]) for end in ends], axis=2)
 
 class CausalSelfAttention(nn.Module):
-    """Causal attention with grouped key/value heads (arXiv:2305.13245) and rotary positions (arXiv:2104.09864).
-    Queries and keys are normalised, so that scores cannot grow with the weights (arXiv:2010.04245); q_gain learns
-    how sharp each head is instead. Raises InputError as split_heads does."""
+    """Causal attention; grouped key/value heads (arXiv:2305.13245), rotary positions (arXiv:2104.09864). Queries and
+    keys are normalised, so that scores cannot grow with the weights (arXiv:2010.04245); q_gain sharpens each head."""
     def __init__(self, dim: int, num_heads: int, num_kv_heads: int, rope_base: float, qk_gain_init: float) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
@@ -437,14 +432,12 @@ class CausalSelfAttention(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """(batch, seq, dim) -> (batch, seq, dim)"""
         batch, seq, dim = x.shape
-        def heads(y: mx.array, count: int) -> mx.array:  # -> (batch, count, seq, head_dim)
-            return y.reshape(batch, seq, count, self.head_dim).transpose(0, 2, 1, 3)
-        q, k = heads(self.c_q(x), self.num_heads), heads(self.c_k(x), self.num_kv_heads)
-        v = heads(self.c_v(x), self.num_kv_heads)
+        q, k, v = (project(x).reshape(batch, seq, -1, self.head_dim).swapaxes(1, 2)  # (batch, heads, seq, head_dim)
+                   for project in (self.c_q, self.c_k, self.c_v))
         q, k = (self.rope(rms_norm(y).astype(COMPUTE_DTYPE)) for y in (q, k))
         q = q * self.q_gain.astype(q.dtype)[None, :, None, None]
         y = causal_attention(q, k, v, self.scale, self.training)
-        return self.proj(y.transpose(0, 2, 1, 3).reshape(batch, seq, dim))
+        return self.proj(y.swapaxes(1, 2).reshape(batch, seq, dim))
 @mx.custom_function
 def relu_squared(x: mx.array) -> mx.array:
     """max(x, 0)**2 (arXiv:2109.08668). Its gradient needs x alone; MLX's own also keeps relu(x): 5% more memory."""
@@ -560,7 +553,7 @@ class Muon:
             # It takes a stack of matrices to fill a GPU, but only one a CPU, where stacking costs a tenth of the time.
             alike.setdefault(key if backend() == "cpu" else params[key].shape, []).append(key)
         for keys in alike.values():
-            stack = mx.stack([nesterov[key] for key in keys]) if len(keys) > 1 else nesterov[keys[0]][None]
+            stack = mx.stack([nesterov[key] for key in keys])
             updates = zeropower_newtonschulz5(stack, args.muon_backend_steps)
             # All singular values being 1, a tall matrix's update is small beside its many rows: make up for that.
             rate = args.matrix_lr * lr_mul * math.sqrt(max(1.0, stack.shape[1] / stack.shape[2]))
@@ -593,8 +586,8 @@ class SplitOptimizers:
         state = [self.muon.buffers, self.adam_embed.state, self.adam_scalar.state]
         return mx.compile(self.update, inputs=state, outputs=state)
     def update(self, params: FlatParams, grads: FlatParams, step: mx.array, lr_mul: mx.array, _: Any = 0) -> FlatParams:
-        """New values of all parameters. It is traced: no Python `if` or `min` on step and lr_mul, which are arrays, and
-        anew when the last argument changes, the text of all settings."""
+        """New values of all parameters. Traced, so no Python `if` or `min` on step and lr_mul, which are arrays; traced
+        anew when the last argument changes, which is the text of all settings."""
         updated = self.muon.step(params, grads, step, lr_mul)
         for adam, learning_rate, keys in ((self.adam_embed, self.args.tied_embed_lr, [self.embed_key]),
                                           (self.adam_scalar, self.args.scalar_lr, self.scalar_keys)):
@@ -617,8 +610,8 @@ def clip_grad_tree(grads_tree: dict, max_norm: float) -> dict:
     return tree_map(lambda grad: (grad * scale).astype(grad.dtype), grads_tree) if norm > max_norm else grads_tree
 
 # 6. Several processes -----------------------------------------------------------------------------------------
-# In: what one process has. Out: what all have. One process, a world of one, has it already: then skip this section, and
-# each `world` below. MLX's launcher starts several, the ranks, on one machine or more, to share the batches.
+# In: what one process has. Out: what all have. MLX's launcher starts several, the ranks, on one machine or more, which
+# share the batches. One process is a world of one, for which all this does nothing: skip it, and each `world` below.
 class World:
     """The processes of a run, of which this is number `rank` of `size`. All must call its methods in the same order."""
     def __init__(self, rank: int = 0, size: int = 1) -> None:
@@ -644,11 +637,11 @@ class World:
         mx.eval(*arrays)
         self.waiting = False
     def watch(self) -> None:
-        """End the process when it waited ten seconds for a neighbour that is gone: MLX mostly raises, not always."""
+        """End a process that has waited ten seconds for a neighbour that is gone: MLX mostly raises, but not always."""
         connections = select.poll()
         for fd in filter(lambda fd: Path(f"/dev/fd/{fd}").is_socket(), range(3, 256)):
             connections.register(fd, select.POLLHUP | getattr(select, "POLLRDHUP", 0))  # which is Linux's name for it
-        before = {fd for fd, _ in connections.poll(0)}  # MLX leaves open what at first it could not connect
+        before = {fd for fd, _ in connections.poll(0)}  # MLX leaves open its attempts to connect that failed
         seconds = 0
         while seconds < 10:
             time.sleep(1.0)
@@ -672,20 +665,21 @@ class World:
             content = bytes(np.array(shared))
         return content
     def mean(self, loss: mx.array, grads: FlatParams) -> tuple[mx.array, FlatParams]:
-        """Mean loss and gradients over the ranks, in few large float32 messages; the last layers go first."""
+        """Mean loss and gradients over the ranks, in few large float32 messages; the last layers, ready first, lead."""
         if self.size == 1:
             return loss, grads
         keys = list(reversed(grads))
-        loss, *means = nn.average_gradients([loss, *(grads[key].astype(mx.float32) for key in keys)],
-                                            communication_stream=self.stream)
+        with mx.stream(mx.cpu):  # macOS ends work on the GPU that waits for seconds, as it would for a slower rank
+            loss, *means = nn.average_gradients([loss, *(grads[key].astype(mx.float32) for key in keys)],
+                                                communication_stream=self.stream)
         self.wait(means, loss)
         return loss, {key: mean.astype(grads[key].dtype) for key, mean in zip(keys, means, strict=True)}
     def require_same(self, model: GPT, step: int) -> None:
         """Raise RunError, naming the ranks that drifted, unless the parameters are the same bits on all."""
         params = tree_flatten(model.parameters()) if self.size > 1 else []
-        crcs = self.gather(zlib.crc32(b"".join(np.array(param.view(mx.uint8)).tobytes() for _, param in params)))
+        crcs = self.gather(zlib.crc32(b"".join(np.array(param.astype(mx.float32)).tobytes() for _, param in params)))
         drifted = ", ".join(f"rank {rank}" for rank, crc in enumerate(crcs) if crc != max(crcs, key=crcs.count))
-        require(not drifted, f"{drifted} drifted: after step {step} it has not the parameters of the others", RunError)
+        require(not drifted, f"{drifted} drifted: after step {step} its parameters are not the others'", RunError)
 ALONE = World()
 
 # 7. Batches within a step -------------------------------------------------------------------------------------
@@ -711,21 +705,20 @@ def accumulate_flat_grads(accum: FlatParams | None, grads_tree: dict, scale: flo
     return accum
 def loss_and_grad_chunked(args: Hyperparameters, train_loader: TokenLoader, compiled_loss_and_grad: LossAndGrad,
                           microbatches: int = 1, world: World = ALONE) -> tuple[mx.array, dict]:
-    """Mean loss (scalar, nats) and mean gradients (a tree) of the loader's next microbatch, or so many of them. The
-    ranks of a world take turns: a microbatch of another is only moved past."""
+    """Mean loss (scalar, nats) and gradients (a tree) of the loader's next microbatches; others' are skipped."""
     sizes = token_chunks(args.microbatch_tokens, args.train_seq_len, args.mlx_max_microbatch_tokens)
-    loss, accum, last = mx.array(0.0), None, len(sizes) * (microbatches - world.size + world.rank + 1) - 1
+    loss, accum, own_last = mx.array(0.0), None, len(sizes) * (microbatches - world.size + world.rank + 1) - 1
     for i, size in enumerate(sizes * microbatches):
         if i // len(sizes) % world.size != world.rank:
             train_loader.stream.take(size + 1, read=False)
             continue
         chunk_loss, grads = compiled_loss_and_grad(*train_loader.next_batch(size, args.train_seq_len))
-        share, running = size / sum(sizes) / (microbatches // world.size), loss
+        share, previous = size / sum(sizes) / (microbatches // world.size), loss
         loss, accum = loss + chunk_loss.astype(mx.float32) * share, accumulate_flat_grads(accum, grads, share)
         del chunk_loss, grads  # or else their memory would be held on to
         if args.mlx_eager_eval:  # or else the lazy graph would hold every chunk's activations
-            mx.eval(running)  # a chunk is prepared while the last one runs, and begins when that has ended
-            mx.async_eval(*[loss, accum] if i < last or world.size == 1 else [])  # the last one with the messages
+            mx.eval(previous)  # a chunk is prepared while the last one runs, and begins when that has ended
+            mx.async_eval(*[loss, accum] if i < own_last or world.size == 1 else [])  # that one with the messages
     loss, accum = world.mean(loss, accum)
     return loss, tree_unflatten(list(accum.items()))
 
@@ -737,6 +730,7 @@ def microbatch_seqs(variable: str, tokens: int, args: Hyperparameters) -> int:
     require(part >= seq_len, f"{variable}={tokens} over GRAD_ACCUM_STEPS={steps} is {part} tokens: "
                              f"must be at least TRAIN_SEQ_LEN={seq_len}")
     return part // seq_len
+
 def eval_val(args: Hyperparameters, compiled_loss: Loss, val_tokens: np.ndarray, base_bytes_lut: np.ndarray,
              has_leading_space_lut: np.ndarray, is_boundary_token_lut: np.ndarray,
              log_fn: LogFn | None = None, world: World = ALONE) -> tuple[float, float]:
@@ -773,8 +767,7 @@ INT8_PER_ROW_SCALE_DTYPE = np.float16
 INT8_CLIP_PERCENTILE = 99.99984  # of the magnitudes: a few outliers must not coarsen all the others
 INT8_CLIP_Q = INT8_CLIP_PERCENTILE / 100.0
 def keep_float_array(name: str, arr: mx.array, passthrough_orig_dtypes: dict[str, str]) -> np.ndarray:
-    """How a small floating array is stored: control tensors float32, others float16.
-    Adds to passthrough_orig_dtypes the dtype that a float16 copy is to be restored to."""
+    """A small floating array as it is stored: a control tensor float32, others float16, with their dtype noted."""
     if any(pattern in name for pattern in INT8_KEEP_FLOAT_FP32_NAME_PATTERNS):
         return np.array(arr.astype(mx.float32))
     if arr.dtype in (mx.float32, mx.bfloat16):
@@ -782,9 +775,8 @@ def keep_float_array(name: str, arr: mx.array, passthrough_orig_dtypes: dict[str
         return np.array(arr.astype(mx.float32)).astype(INT8_KEEP_FLOAT_STORE_DTYPE)
     return np.array(arr)
 def quantize_float_array(arr: mx.array) -> tuple[np.ndarray, np.ndarray]:
-    """Round to whole multiples of a scale: (int8 array, scale).
-    A matrix (rows, cols) has a float16 scale per row, (rows,); any other shape one float32 scale, (). The rows'
-    floor of 1/127 is coarse for small weights; it is part of the format, as is rounding by the float32 scale."""
+    """(int8 array, scale): whole multiples of a float16 scale per row, (rows,), of a matrix, else of one float32, ().
+    The rows' floor of 1/127, coarse for small weights, and rounding by the scale in float32 are part of the format."""
     w = np.array(arr.astype(mx.float32))  # NumPy has no bfloat16
     per_row = w.ndim == 2
     axis = 1 if per_row else None
@@ -802,11 +794,10 @@ def quantize_state_dict_int8(flat_state: FlatParams) -> tuple[dict[str, Any], di
     Small tensors cost few bytes and suffer most, so they stay floating; what is no float is kept as it is."""
     obj: dict[str, Any] = {"__quant_format__": QUANT_FORMAT}
     obj |= {part: {} for part in ("quantized", "scales", "dtypes", "passthrough", "qmeta", "passthrough_orig_dtypes")}
-    num_nonfloat = 0
+    nonfloat = [name for name, arr in flat_state.items() if not mx.issubdtype(arr.dtype, mx.floating)]
     for name, arr in flat_state.items():
-        if not mx.issubdtype(arr.dtype, mx.floating):
+        if name in nonfloat:
             obj["passthrough"][name] = np.array(arr)
-            num_nonfloat += 1
         elif arr.size <= INT8_KEEP_FLOAT_MAX_NUMEL:
             obj["passthrough"][name] = keep_float_array(name, arr, obj["passthrough_orig_dtypes"])
         else:
@@ -815,7 +806,7 @@ def quantize_state_dict_int8(flat_state: FlatParams) -> tuple[dict[str, Any], di
             if arr.ndim == 2:
                 obj["qmeta"][name] = {"scheme": "per_row", "axis": 0}
     stats = {"param_count": sum(arr.size for arr in flat_state.values()), "num_tensors": len(flat_state),
-             "num_float_tensors": len(obj["quantized"]), "num_nonfloat_tensors": num_nonfloat,
+             "num_float_tensors": len(obj["quantized"]), "num_nonfloat_tensors": len(nonfloat),
              "baseline_tensor_bytes": sum(arr.nbytes for arr in flat_state.values()), "int8_payload_bytes": sum(
                  arr.nbytes for part in ("quantized", "scales", "passthrough") for arr in obj[part].values())}
     optional = ("qmeta", "passthrough_orig_dtypes")  # the format leaves these out when they are empty
@@ -831,6 +822,7 @@ def dequantize_state_dict_int8(quant_obj: dict[str, Any]) -> FlatParams:
         arr = mx.array(stored)
         state[name] = arr.astype(MX_DTYPE_FROM_NAME[original_dtypes[name]]) if name in original_dtypes else arr
     return state
+
 def unpickle(data: bytes) -> Any:
     """The object in a pickle of plain containers and NumPy arrays; InputError, by name, for anything else. A pickle
     calls what it names, so a stranger's could run their code, and NumPy's own way back trusts the file with sizes and
@@ -866,6 +858,7 @@ def check_arrays(found: dict[str, Any], expected: FlatParams) -> None:
     wrong = [f"{name} is {there.get(name, 'absent')} and must be {wanted.get(name, 'absent')}"
              for name in wanted | there if there.get(name) != wanted.get(name)]
     require(not wrong, "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if wrong[3:] else ""))
+
 def load_flat_state(path: Path, params: FlatParams, world: World = ALONE) -> FlatParams:
     """The weights in a .npz or .int8.ptz file, whoever made it, for a model with these parameters; in the file's own
     dtypes. Rank 0 reads it. Raises InputError, naming the file, if it is damaged, foreign, or of another model."""
@@ -965,6 +958,7 @@ def path_problems(args: Hyperparameters, world: World = ALONE) -> Iterator[str]:
         yield f"OUT_DIR={args.out_dir}: cannot be written to: {there} is not a folder, or is read-only"
     if not Path(args.data_path).is_dir():
         yield f"DATA_PATH={args.data_path}: no such folder: {HOW_TO_GET_DATA}"
+
 def read_inputs(args: Hyperparameters, world: World = ALONE) -> Inputs:
     """Check settings, data and tokenizer, and read what validation needs; nothing is written yet. Raises InputError
     (NotImplementedError for untied embeddings), with a line for each thing that is wrong."""
@@ -977,7 +971,7 @@ def read_inputs(args: Hyperparameters, world: World = ALONE) -> Inputs:
         except OSError as error:
             errors[str(error)] = InputError(f"{error.filename}: {error.strerror}")
         except Exception:
-            require(bool(errors), f"{check} failed", RuntimeError)  # or it is a value told of that makes no sense here
+            require(bool(errors), f"{check} failed", RuntimeError)  # unless a value told of already made it fail
     for setting in (settings_of(Hyperparameters) | settings_of(type(args))).values():
         examine(setting.check, args)
     examine(lambda: require(ModuleSettings.compute_dtype in ("auto", "bfloat16", "float32"),
@@ -1012,6 +1006,7 @@ def tell(line: str, stream: Any) -> None:
     except OSError:
         with contextlib.suppress(OSError):  # from now on into the void, also what Python itself flushes when it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
 def open_log(args: Hyperparameters, kept: tuple[str, ...] = ()) -> LogFn:
     """Open the log, print its path, and write the script's source and versions to it: each result has its code.
     Files that an earlier run left under this RUN_ID, but for those to be kept, are moved aside, all to one number."""
@@ -1055,11 +1050,11 @@ def complete_file(path: Path) -> Iterator[io.BufferedWriter]:
         raise RunError(f"{path}: cannot be written: {error.strerror}; what was there before still is") from None
     finally:
         temporary.unlink(missing_ok=True)
+
 @contextlib.contextmanager
 def signals_watched(run: Run) -> Iterator[None]:
-    """Let the first SIGINT, SIGTERM or SIGHUP set run.signal, for the run to end in good order, and the next one end
-    the process. Python's own handlers wait until a computation of MLX's returns; a thread that reads what the C handler
-    writes to a pipe does not. What is ignored (nohup) stays so."""
+    """The first SIGINT, SIGTERM or SIGHUP sets run.signal, for an end in good order; the next ends the process. What is
+    ignored (nohup) stays so. Python's own handlers wait for MLX; a thread that reads the C handler's pipe does not."""
     numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -1086,7 +1081,8 @@ def signals_watched(run: Run) -> Iterator[None]:
     finally:
         signal.set_wakeup_fd(before)
         for number, handler in zip(numbers, handlers, strict=True):
-            signal.signal(number, handler)
+            if __name__ != "__main__":  # a script ends now, and is to say why, whatever a launcher sends it
+                signal.signal(number, handler)
         os.close(writer)  # which ends the watcher
 def set_up(args: Hyperparameters, inputs: Inputs, world: World = ALONE) -> Run:
     """Seed, then build the model, its optimizers and the two compiled functions. The log is still the console."""
@@ -1150,6 +1146,7 @@ def write_checkpoint(run: Run) -> None:
             mx.save_safetensors(file, arrays, {"format": CHECKPOINT_FORMAT, "about": json.dumps(about)})
         run.log(f"checkpoint:{path} step:{run.step}/{run.args.iterations} bytes:{path.stat().st_size}")
     run.checkpointed_step, run.saved = run.step, (path,)
+
 def resume(run: Run) -> None:
     """Put the run where this checkpoint left it. Raises InputError if it is damaged, or of settings that matter."""
     path = run.path(CHECKPOINT_SUFFIX) if run.args.resume == "auto" else Path(run.args.resume)
@@ -1179,6 +1176,7 @@ def resume(run: Run) -> None:
     except (() if run.world.waiting else Exception) as error:  # noqa: B030 (whatever a damaged file makes of its readers)
         reason = str(error) if isinstance(error, InputError) else getattr(error, "strerror", None) or repr(error)
         raise InputError(f"RESUME={path}: cannot go on from there: {ascii(reason)[1:-1]}") from None
+
 def log_configuration(run: Run) -> None:
     """Log what is about to run. Other people's scripts parse these lines: fields may be added, not changed."""
     args, inputs, optimizers, params = run.args, run.inputs, run.optimizers, dict(tree_flatten(run.model.parameters()))
@@ -1229,6 +1227,7 @@ def validate(run: Run, stage: str = "validation") -> tuple[float, float, str]:
                                  *run.inputs.byte_tables, run.log, *([run.world] if run.world.size > 1 else []))
     require(math.isfinite(val_loss), f"after step {run.step} val_loss:{val_loss} is not finite", RunError)
     return val_loss, val_bpb, mark
+
 def warm_up(run: Run) -> None:
     """Make MLX compile and allocate what training and validation will use, and learn nothing from it. One batch of each
     size does; WARMUP_STEPS only says whether, and is logged. The loader is a throwaway one, the state is put back."""
@@ -1244,7 +1243,7 @@ def warm_up(run: Run) -> None:
     _, grads = loss_and_grad_chunked(primer, loader, run.compiled_loss_and_grad, run.world.size, run.world)
     run.optimizers.step(run.model, clip_grad_tree(grads, args.grad_clip_norm), step=0, lr_mul=1.0)
     mx.eval(training_state(run))
-    run.world.require_same(run.model, step=0)  # or else it were found when training has ended
+    run.world.require_same(run.model, step=0)  # or else the first validation would find it, hours later
     set_training_state(run, before)
     # Validation has batches of two sizes, the full one and the last: so many sequences give one of each.
     total_seqs = (len(run.inputs.val_tokens) - 1) // args.train_seq_len
@@ -1265,7 +1264,7 @@ def train(run: Run) -> None:
     losses: list[str] = []  # the last ones
     while True:
         ranks = run.world.gather((run.train_ms, run.signal))  # all go by rank 0's clock, and end when one is to end
-        run.train_ms, run.answered = ranks[0][0], any(signal for _, signal in ranks)
+        run.train_ms, run.answered = ranks[0][0], any(name for _, name in ranks)
         finished, at_step = run.answered or run.is_trained(), f"step:{run.step}/{args.iterations}"
         try:
             if run.answered or (args.checkpoint_every > 0 and (finished or run.step % args.checkpoint_every == 0)):
@@ -1308,6 +1307,7 @@ def log_warmdown(run: Run, step: int, train_ms: float) -> None:
         run.log(f"warmdown:whole_run lr_mul:{args.lr_mul(step, train_ms):.4f} "
                 f"steps_that_fit:{min(scheduled, args.iterations)} warmdown_iters:{args.warmdown_iters} "
                 f"(after the first step the rate is never the full one; WARMDOWN_ITERS={scheduled} would start at it)")
+
 def save(run: Run) -> Path:
     """Write the weights as they are (.npz) and compressed (.int8.ptz); returns the latter's path. Raises RunError."""
     log, flat_state = run.log, dict(tree_flatten(run.model.state))
@@ -1367,7 +1367,7 @@ def main() -> None:
                 score(run, save(run))
         except BaseException as error:
             waited, world.waiting = world.waiting, False
-            if type(error) is RuntimeError and waited and run.signal != "SIGINT":  # which all ranks get from a terminal
+            if type(error) is RuntimeError and waited and run.signal != "SIGINT":  # a terminal sends that to all ranks
                 error = ConnectionError(f"another process of the run is gone, so it ends here, too ({error})")
             elif type(error) is RuntimeError and run.signal:  # Ctrl-C also ended the compiler that MLX calls on a CPU
                 error = KeyboardInterrupt(f"interrupted by {run.signal} during a computation: no score; saved: ")

@@ -223,6 +223,22 @@ os._exit(0)  # MLX 0.32 aborts at the exit of a process in which a thread that i
         assert done.stdout.count("final_int8_zlib_roundtrip_exact") == 2
         assert "interrupted" not in done.stdout
 
+    def test_none_after_the_run_hides_why_it_ended(self, run):
+        """A launcher sends one to all ranks when one has gone, which they themselves may just be about to report."""
+        code = f"""
+import os, runpy, signal
+set_wakeup_fd = signal.set_wakeup_fd
+def ending(fd, **options):
+    if fd == -1:
+        os.close = lambda _: os.kill(os.getpid(), signal.SIGTERM)  # the last that the run does
+    return set_wakeup_fd(fd, **options)
+signal.set_wakeup_fd = ending
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+"""
+        done = run(script=("-c", code), matrix_lr=1e30, scalar_lr=1e30, tied_embed_lr=1e30)
+        assert done.code == 1
+        assert "not finite" in done.err
+
     def test_second_is_heard_when_the_console_is_held_up(self, start):
         process = start(**FOR_EVER, options=dict(pipesize=4096))
         process.wait_for("^step:3/")
