@@ -95,9 +95,10 @@ Start = Callable[..., Process]
 
 def environment(data: Path, folder: Path, **changes) -> dict[str, str]:
     """The environment of a run of the tiny model on the tiny data; a change to None leaves a variable unset."""
+    # One thread for products: OpenBLAS's others wait by spinning, and there is a test or a rank for each core already.
     values = dict(data_path=data / "datasets/tiny", tokenizer_path=data / "tokenizers/tiny.model", run_id="r",
                   out_dir=folder / "out", iterations=4, warmup_steps=1, warmdown_iters=0, compute_dtype="float32",
-                  **MODEL) | changes  # fmt: skip
+                  openblas_num_threads=1, **MODEL) | changes  # fmt: skip
     outside = {name: value for name, value in os.environ.items() if name.lower() not in values}
     return {**outside, **{name.upper(): str(value) for name, value in values.items() if value is not None}}
 
