@@ -356,3 +356,28 @@ def test_warmup_looks_up_no_id_without_an_embedding(stages, tmp_path):
     write_shard(tmp_path / "set/fineweb_train_000001.bin", [1, 64, 3] * 50)
     with pytest.raises(tg.InputError, match=r"fineweb_train_000001\.bin: token 1 is 64"):
         tg.warm_up(run)
+
+
+def test_ranks_take_the_first_ones_name_and_nothing_else_that_differs(stages):
+    run = stages()
+    run.world = tg.World()
+    run.world.gather = lambda facts: [facts | {"RUN_ID": "first"}, facts]
+    tg.require_agreement(run)
+    assert run.args.run_id == "first"
+    run.world.gather = lambda facts: [facts, facts | {"MATRIX_LR": "0.5"}]
+    with pytest.raises(tg.InputError, match=r": MATRIX_LR is 0\.04 on rank 0 and 0\.5 on rank 1$"):
+        tg.require_agreement(run)
+
+
+def test_rank_that_is_lost_while_a_file_is_shared_is_no_damaged_file(stages):
+    run = stages(resume="r_checkpoint.safetensors")
+
+    def lost(_):
+        run.world.waiting = True
+        raise RuntimeError("connection to a peer was lost")
+
+    run.world = tg.World()
+    run.world.from_first = lost
+    for read in (lambda: tg.resume(run), lambda: tg.load_flat_state(run.path(".npz"), {}, run.world)):
+        with pytest.raises(RuntimeError, match="peer was lost"):
+            read()
