@@ -669,7 +669,7 @@ class World:
         if self.size == 1:
             return loss, grads
         keys = list(reversed(grads))
-        with mx.stream(mx.cpu):  # macOS ends work on the GPU that waits for seconds, as it would for a slower rank
+        with mx.stream(mx.cpu):  # macOS may end work on the GPU that waits for seconds, as for a slower rank
             loss, *means = nn.average_gradients([loss, *(grads[key].astype(mx.float32) for key in keys)],
                                                 communication_stream=self.stream)
         self.wait(means, loss)
@@ -1081,7 +1081,7 @@ def signals_watched(run: Run) -> Iterator[None]:
     finally:
         signal.set_wakeup_fd(before)
         for number, handler in zip(numbers, handlers, strict=True):
-            if __name__ != "__main__":  # a script ends now, and is to say why, whatever a launcher sends it
+            if __name__ != "__main__" or number != signal.SIGTERM:  # a launcher may send that to a script that ends now
                 signal.signal(number, handler)
         os.close(writer)  # which ends the watcher
 def set_up(args: Hyperparameters, inputs: Inputs, world: World = ALONE) -> Run:
