@@ -85,7 +85,7 @@ class TestSignal:
             line for line in done.out[1:] if line not in signalled]  # fmt: skip
 
     def test_first_in_warmup_ends_the_run_with_nothing(self, start):
-        size = 2**17  # in one chunk, so that the warmup takes seconds
+        size = 2**16  # in one chunk, so that the warmup takes seconds
         process = start(**FOR_EVER, train_batch_tokens=size, grad_accum_steps=1, mlx_max_microbatch_tokens=size)
         process.wait_for("^warmup:")
         process.send(signal.SIGTERM)
