@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -244,34 +245,33 @@ def test_comparison_of_parameters_sees_a_last_bit_and_takes_any_shape():
 
 
 def test_watch_counts_what_hangs_up_during_the_run_while_it_is_waited_for(monkeypatch):
-    sleep, polls, ended = time.sleep, [], []
-    monkeypatch.setattr(tg.time, "sleep", lambda seconds: polls.append(seconds) or sleep(0.001))
-    monkeypatch.setattr(tg.os, "_exit", ended.append)
-
-    def after_many_polls() -> list:
-        seen = len(polls)
-        while len(polls) < seen + 50 and not ended:
-            sleep(0.001)
-        return ended
-
+    """What happens does so in the watch's own seconds, which take no time."""
+    ready, ended, seconds, codes = threading.Event(), threading.Event(), [], []
     pairs = [socket.socketpair() for _ in range(3)]
+    happens = {
+        1: lambda: [end.close() for end in pairs[2]] + [setattr(world, "waiting", True)],  # sockets of its own
+        51: lambda: [pairs[1][1].close(), setattr(world, "waiting", False)],
+        101: lambda: setattr(world, "waiting", True),
+    }
+
+    def sleep(duration: float) -> None:
+        ready.wait()
+        seconds.append(duration)
+        happens.get(len(seconds), lambda: None)()
+        if len(seconds) > 200:
+            sys.exit()  # the thread alone
+
+    monkeypatch.setattr(tg.time, "sleep", sleep)
+    monkeypatch.setattr(tg.os, "_exit", lambda code: codes.append(code) or ended.set())
     with contextlib.ExitStack() as stack:
         for each in (each for pair in pairs for each in pair):
             stack.enter_context(each)
         pairs[0][1].close()  # as MLX leaves a connection that did not come about
         world = tg.World(rank=1, size=2)
-        sleep(0.1)  # so that the watch has begun
-        for own in pairs[2]:
-            own.close()
-        world.waiting = True
-        assert after_many_polls() == []
-        world.waiting = False
-        pairs[1][1].close()
-        assert after_many_polls() == []
-        del polls[:]
-        world.waiting = True
-        assert after_many_polls() == [1]
-        assert 9 <= len(polls) <= 11  # seconds, the first of which had begun
+        ready.set()
+        assert ended.wait(30)
+    assert codes == [1]
+    assert seconds == [1.0] * 110  # ten after the last event, itself among them
 
 
 @pytest.mark.slow
