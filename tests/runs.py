@@ -68,15 +68,16 @@ class Process:
     def __init__(self, command: list[str], folder: Path, environment: dict[str, str], **options) -> None:
         self.out: list[str] = []
         self.folder = folder / "out"
+        # Unbuffered, for what readline() would read ahead into a buffer of its own is lost to communicate().
         self.popen = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE,
-                                      stderr=subprocess.PIPE, text=True, bufsize=1, **options)  # fmt: skip
+                                      stderr=subprocess.PIPE, bufsize=0, **options)  # fmt: skip
 
     def wait_for(self, pattern: str, count: int = 1) -> None:
         """Read on until so many further lines match."""
-        while count and (line := self.popen.stdout.readline()):
+        while count and (line := self.popen.stdout.readline().decode()):
             self.out.append(line.rstrip("\n"))
             count -= bool(re.search(pattern, line))
-        assert not count, f"{pattern} did not come:\n" + "\n".join(self.out) + self.popen.stderr.read()
+        assert not count, f"{pattern} did not come:\n" + "\n".join(self.out) + self.popen.stderr.read().decode()
 
     def send(self, number: int) -> None:
         self.popen.send_signal(number)
@@ -87,7 +88,7 @@ class Process:
 
     def finish(self, timeout: float = 120) -> Outcome:
         rest, err = self.popen.communicate(timeout=timeout)
-        return Outcome(self.popen.returncode, self.out + rest.splitlines(), err, self.folder)
+        return Outcome(self.popen.returncode, self.out + rest.decode().splitlines(), err.decode(), self.folder)
 
 
 Start = Callable[..., Process]

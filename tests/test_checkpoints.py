@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import subprocess
+import sys
 import time
 
 import mlx.core as mx
@@ -19,7 +20,7 @@ from mlx.utils import tree_flatten
 import train_gpt_mlx as tg
 from conftest import train_tokenizer
 from helpers import build_model, settings, write_shard
-from runs import ON_CPU, Outcome, command, environment
+from runs import ON_CPU, Outcome, Process, command, environment
 
 pytestmark = pytest.mark.slow
 
@@ -312,6 +313,13 @@ def resumed(checkpoint, data, tmp_path, monkeypatch):
         return run
 
     return set_up
+
+
+def test_lines_that_a_run_is_ahead_of_its_reader_are_not_lost(tmp_path):
+    process = Process([sys.executable, "-c", "print('a\\nb\\nc\\nd')"], tmp_path, dict(os.environ))
+    process.wait_for("^b")
+    process.kill()
+    assert process.finish().out == ["a", "b", "c", "d"]
 
 
 def test_kill_at_any_moment_of_a_chain_of_fifty_loses_nothing(start, run):

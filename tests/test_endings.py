@@ -315,7 +315,7 @@ class TestTerminal:
         process.wait_for("^step:2/")
         process.popen.stdout.close()
         err = process.popen.stderr.read()
-        assert (process.popen.wait(), err) == (0, "")
+        assert (process.popen.wait(), err) == (0, b"")
         log = (process.folder / "r.txt").read_text().splitlines()
         assert any(line.startswith("step:30/30 train_loss") for line in log)
         assert log[-1].startswith("final_int8_zlib_roundtrip_exact ")
