@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -22,6 +23,14 @@ hypothesis.settings.register_profile("busy", deadline=None)  # an example may ta
 hypothesis.settings.load_profile("busy")
 SETTING_NAMES = [setting.variable for owner in (tg.Hyperparameters, tg.ModuleSettings)
                  for setting in tg.settings_of(owner).values()]  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="session")
+def signals_are_not_ignored():
+    """As they are under nohup or in the background of a script: each run would inherit that. A handler, it does not."""
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, lambda *_: None)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
