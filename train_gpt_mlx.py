@@ -317,8 +317,7 @@ def validate_dataset_tokenizer_pair(data_path: str, tokenizer_path: str) -> tupl
         require(isinstance(value, kind), f"{manifest_path}: mend or move it: no {kind.__name__} {key!r} in {of!s:.60}")
         return value
     try:
-        nothing_listed = '{"datasets": []}'
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8") if manifest_path.is_file() else nothing_listed)
+        manifest = json.loads(manifest_path.read_text("utf-8")) if manifest_path.is_file() else {"datasets": []}
     except ValueError as error:
         raise InputError(f"{manifest_path}: not valid JSON ({error})") from None
     entry = next((entry for entry in get(manifest, "datasets", list) if get(entry, "name", str) == name), None)

@@ -315,7 +315,7 @@ def resumed(checkpoint, data, tmp_path, monkeypatch):
     return set_up
 
 
-def test_lines_that_a_run_is_ahead_of_its_reader_are_not_lost(tmp_path):
+def test_lines_printed_ahead_of_their_reader_are_not_lost(tmp_path):
     process = Process([sys.executable, "-c", "print('a\\nb\\nc\\nd')"], tmp_path, dict(os.environ))
     process.wait_for("^b")
     process.kill()
