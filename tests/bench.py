@@ -238,8 +238,10 @@ def scaling(script: Path, processes: int, options: argparse.Namespace) -> None:
     pairs = [(rate(1), rate(processes)) for _ in range(options.repeats)]
     ratios = [many / one for one, many in pairs]
     one, many = (statistics.median(column) for column in zip(*pairs, strict=True))
-    print(f"1 process {one:.0f} tok/s, {processes} processes {many:.0f} tok/s, {statistics.median(ratios):.2f} times "
-          f"({min(ratios):.2f} to {max(ratios):.2f})")
+    print(
+        f"1 process {one:.0f} tok/s, {processes} processes {many:.0f} tok/s, {statistics.median(ratios):.2f} times "
+        f"({min(ratios):.2f} to {max(ratios):.2f})"
+    )
 
 
 def growth(script: Path, options: argparse.Namespace) -> None:

@@ -66,8 +66,10 @@ def main() -> None:
         told = ", ".join(f"{kind} {megabytes / seconds:.1f}" for kind, seconds in alone.items())
         print(f"MB/s: alone as {told}; prepare.py {megabytes / tool:.1f}", flush=True)
     for kind, found in ratios.items():
-        print(f"prepare.py is {statistics.median(found):.2f} times as fast as the encoder alone that gives {kind} "
-              f"({min(found):.2f} to {max(found):.2f})")
+        print(
+            f"prepare.py is {statistics.median(found):.2f} times as fast as the encoder alone that gives {kind} "
+            f"({min(found):.2f} to {max(found):.2f})"
+        )
 
 
 if __name__ == "__main__":

@@ -21,8 +21,7 @@ from runs import Outcome, Process, Start, command, environment
 
 hypothesis.settings.register_profile("busy", deadline=None)  # an example may take as long as a busy machine makes it
 hypothesis.settings.load_profile("busy")
-SETTING_NAMES = [setting.variable for owner in (tg.Hyperparameters, tg.ModuleSettings)
-                 for setting in tg.settings_of(owner).values()]  # fmt: skip
+SETTING_NAMES = [name.upper() for owner in (tg.Hyperparameters, tg.ModuleSettings) for name in tg.settings_of(owner)]
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -88,8 +88,10 @@ def build_model(args: tg.Hyperparameters) -> tg.GPT:
 def stir(model: tg.GPT, seed: int = 0) -> None:
     """Give every parameter an arbitrary value: at its initial ones half of the model multiplies by 0 or 1."""
     rng = np.random.default_rng(seed)
-    tree = tg.tree_map(lambda p: mx.array(p.astype(mx.float32) + 0.3 * rng.standard_normal(p.shape)).astype(p.dtype),
-                       model.parameters())
+    tree = tg.tree_map(
+        lambda p: mx.array(p.astype(mx.float32) + 0.3 * rng.standard_normal(p.shape)).astype(p.dtype),
+        model.parameters(),
+    )
     model.update(tree)
 
 

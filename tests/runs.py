@@ -54,7 +54,8 @@ class Outcome:
         """Whether this run, resumed, repeats the other's losses from a step on, and its score."""
         losses = [re.sub(" train_time.*", "", line) for line in other.lines("train_loss")][step - 1 :]
         return [re.sub(" train_time.*", "", line) for line in self.lines("train_loss")] == losses and (
-            self.score() == other.score())
+            self.score() == other.score()
+        )
 
     def same_as(self, other: Outcome) -> bool:
         """Whether both runs computed the same: to the last digit on a CPU; a GPU adds up in no fixed order."""

@@ -221,7 +221,8 @@ class TestResume:
         assert len(done.losses()) == 2
 
     @pytest.mark.parametrize(
-        "damage", ["cut", "longer", "empty", "foreign", "other format", "npz", "no about", "shapes"])
+        "damage", ["cut", "longer", "empty", "foreign", "other format", "npz", "no about", "shapes"]
+    )
     def test_damaged_or_foreign_file_is_refused_in_one_line(self, checkpoint, resumed, damage):
         path = checkpoint / "r_checkpoint.safetensors"
         whole = path.read_bytes()

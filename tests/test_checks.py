@@ -332,7 +332,8 @@ class TestData:
         assert message.startswith(f"{path}: ")
 
     @pytest.mark.parametrize(
-        "entry", [{"tokenizer_name": "t"}, {"stats": {"files_train": 2}}, {"tokenizer_name": "t", "x": 1}], ids=str)
+        "entry", [{"tokenizer_name": "t"}, {"stats": {"files_train": 2}}, {"tokenizer_name": "t", "x": 1}], ids=str
+    )
     def test_manifest_with_as_little_as_needed(self, checked, broken, entry):
         content = {"datasets": [{"name": "tiny", **entry}, {"name": "other"}], "tokenizers": [{"name": "t"}]}
         (broken.parent.parent / "manifest.json").write_text(json.dumps(content))

@@ -507,9 +507,11 @@ class TestWhileItWorks:
 
     def test_memory_does_not_grow_with_the_input(self, copied):
         """For one and for four times as much text."""
-        code = ("import subprocess, sys, resource\n"
-                "subprocess.run([sys.executable, 'data/prepare.py', *sys.argv[1:]], check=True)\n"
-                "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
+        code = (
+            "import subprocess, sys, resource\n"
+            "subprocess.run([sys.executable, 'data/prepare.py', *sys.argv[1:]], check=True)\n"
+            "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+        )
         peaks = []
         for factor in (1, 4):
             data = (copied / "docs.jsonl").read_bytes()

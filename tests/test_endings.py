@@ -352,6 +352,7 @@ class TestNumbers:
             assert re.search(f"^error: after step 1 .*{stage}", done.err)
             assert [name for name in done.files() if "txt" not in name] == []
 
+
 class TestFullDisk:
     """A size limit for files stands for a full disk where there is no right to mount one."""
 

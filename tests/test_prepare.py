@@ -134,8 +134,10 @@ def test_manifest_entry_suits_the_training_script_and_spares_others(root, tmp_pa
     assert written["note"] == "kept"
     assert [entry["name"] for entry in written["datasets"]] == ["fineweb10B_sp1024", "mytext_sp300"]
     assert written["datasets"][0] == other
-    assert written["tokenizers"] == [{"name": "sp_bpe_1024", "path": "x.model"},
-                                     {"name": "mytext_300_bpe", "model_path": "tokenizers/mytext_300_bpe.model"}]
+    assert written["tokenizers"] == [
+        {"name": "sp_bpe_1024", "path": "x.model"},
+        {"name": "mytext_300_bpe", "model_path": "tokenizers/mytext_300_bpe.model"},
+    ]
     stats = written["datasets"][1]["stats"]
     train, val = tokens_of(root, "train"), tokens_of(root, "val")
     assert (stats["tokens_train"], stats["tokens_val"], stats["documents"]) == (len(train), len(val), 12)

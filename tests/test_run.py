@@ -90,8 +90,10 @@ def test_files_hold_what_the_log_says(run, data, tokenizer):
     _, stats = tg.quantize_state_dict_int8(dict(weights))
     assert pickle.loads(raw)["__quant_format__"] == "int8_clean_per_row_v1"
     ratio = stats["baseline_tensor_bytes"] / stats["int8_payload_bytes"]
-    assert done.lines(rf"serialized_model_int8_zlib:{ptz.stat().st_size} bytes "
-                      rf"\(payload:{stats['int8_payload_bytes']} raw_pickle:{len(raw)} payload_ratio:{ratio:.2f}x\)")
+    assert done.lines(
+        rf"serialized_model_int8_zlib:{ptz.stat().st_size} bytes "
+        rf"\(payload:{stats['int8_payload_bytes']} raw_pickle:{len(raw)} payload_ratio:{ratio:.2f}x\)"
+    )
     total = ptz.stat().st_size + SCRIPT.stat().st_size
     assert done.lines(rf"Total submission size int8\+zlib: {total} bytes")
 
@@ -238,8 +240,10 @@ def test_manifest_counts_are_logged(run, data):
         done = run()
         assert (done.code, done.err.count("\n")) == (2, 1)
         assert "2 training shards" in done.err
-        manifest.write_text('{"datasets": [{"name": "tiny", "tokenizer_name": "t"}], '
-                            '"tokenizers": [{"name": "t", "path": "other.model"}]}')
+        manifest.write_text(
+            '{"datasets": [{"name": "tiny", "tokenizer_name": "t"}], '
+            '"tokenizers": [{"name": "t", "path": "other.model"}]}'
+        )
         assert "made with other.model" in run().err
     finally:
         manifest.unlink()

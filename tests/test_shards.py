@@ -1,58 +1,45 @@
-"""Shard files, the token stream over them, the loader, validation tokens and the manifest check."""
-
-from __future__ import annotations
+"""Shard files, the token stream over them, batches, validation tokens and the manifest."""
 
 import json
+import os
 import tracemalloc
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import train_gpt_mlx as tg
 from helpers import RECORDED, learnable_tokens, write_shard
 
 
-def test_shard_round_trip_keeps_every_uint16(tmp_path):
-    tokens = [0, 1, 255, 256, 32768, 65535]
-    read = tg.load_data_shard(write_shard(tmp_path / "s.bin", tokens))
-    assert read.dtype == np.int32
-    assert read.shape == (6,)
-    assert read.tolist() == tokens
+@pytest.mark.parametrize("tokens", [[], [0, 1, 255, 256, 32768, 65535]], ids=str)
+def test_a_shard_keeps_every_uint16(tmp_path, tokens):
+    read = tg.load_data_shard(str(write_shard(tmp_path / "s.bin", tokens)))
+    assert (read.tolist(), read.dtype) == (tokens, np.int32)
 
 
-def test_empty_shard_reads_as_no_tokens(tmp_path):
-    assert tg.load_data_shard(str(write_shard(tmp_path / "s.bin", []))).shape == (0,)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"magic": 20240521}, {"version": 2}, {"count": 4}, {"count": 2}, {"count": -1}],
-    ids=["magic", "version", "truncated", "over-long", "negative count"],
-)
-def test_wrong_shard_is_refused_by_name(tmp_path, change):
-    path = write_shard(tmp_path / "broken.bin", [1, 2, 3], **change)
+@pytest.mark.parametrize("header", [{"magic": 20240521}, {"version": 2}, {"count": 2}, {"count": 4}, {"count": -1}])
+def test_a_shard_with_a_wrong_header_is_refused_by_name(tmp_path, header):
+    path = write_shard(tmp_path / "broken.bin", [1, 2, 3], **header)
     with pytest.raises(ValueError, match="broken.bin"):
         tg.load_data_shard(path)
 
 
-def test_short_header_and_odd_byte_are_refused(tmp_path):
+@pytest.mark.parametrize("size", [0, 8, 1023, 1029])
+def test_a_shard_that_is_cut_short_is_refused_by_name(tmp_path, size):
     path = write_shard(tmp_path / "broken.bin", [1, 2, 3])
-    whole = path.read_bytes()
-    for data in (whole[:1023], whole[:8], b"", whole + b"\0", whole[:-1]):
-        path.write_bytes(data)
-        with pytest.raises(ValueError, match="broken.bin"):
-            tg.load_data_shard(path)
+    os.truncate(path, size)
+    with pytest.raises(ValueError, match="broken.bin"):
+        tg.load_data_shard(path)
 
 
-def test_missing_shard(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        tg.load_data_shard(tmp_path / "none.bin")
+def test_ids_beyond_the_vocabulary_are_refused_with_file_and_position():
+    tg.check_tokens(np.array([9, 63]), 64, "some.bin", start=5)
+    with pytest.raises(ValueError, match="some.bin.* 6 .*64"):
+        tg.check_tokens(np.array([9, 64]), 64, "some.bin", start=5)
 
 
-def recorded_stream(case, folder):
+def recorded_shards(case: dict, folder) -> str:
     for i, length in enumerate(case["shard_lengths"]):
         write_shard(folder / f"fineweb_train_{i:06d}.bin", learnable_tokens(length, 997, case["salt"] + i))
     return str(folder / "fineweb_train_*.bin")
@@ -61,197 +48,136 @@ def recorded_stream(case, folder):
 @pytest.mark.parametrize("case", RECORDED["loader"], ids=lambda case: f"salt{case['salt']}")
 def test_recorded_takes(tmp_path, case):
     log = []
-    stream = tg.TokenStream(recorded_stream(case, tmp_path), log.append, "ds")
+    stream = tg.TokenStream(recorded_shards(case, tmp_path), log.append, "ds")
     for request, expected in zip(case["requests"], case["takes_first3_fileidx_pos_epoch"], strict=True):
         tokens = stream.take(request)
-        assert tokens.dtype == np.int32
-        assert len(tokens) == request
+        assert (len(tokens), tokens.dtype) == (request, np.int32)
         assert [*tokens[:3].tolist(), stream.file_idx, stream.pos, stream.epoch] == expected
     assert log == case["log"]
 
 
 @pytest.mark.parametrize("case", RECORDED["loader"], ids=lambda case: f"salt{case['salt']}")
 def test_recorded_batches(tmp_path, case):
-    loader = tg.TokenLoader(recorded_stream(case, tmp_path))
+    loader = tg.TokenLoader(recorded_shards(case, tmp_path))
     batches = []
     for request in case["requests"]:
         if request >= case["seq_len"]:
             x, y = loader.next_batch(request, case["seq_len"])
-            assert x.dtype == y.dtype == mx.int32
-            assert x.shape == y.shape
             batches.append([list(x.shape), x.sum().item(), y.sum().item(), y[-1, -1].item()])
     assert batches == case["batches_shape_sumx_sumy_lasty"]
 
 
-def test_stream_starts_with_a_clean_record_and_opens_files_in_name_order(tmp_path):
-    write_shard(tmp_path / "b_1.bin", [30, 31])
-    write_shard(tmp_path / "b_0.bin", [10, 11, 12])
-    stream = tg.TokenStream(str(tmp_path / "b_*.bin"))
-    assert [f.rsplit("/", 1)[1] for f in stream.files] == ["b_0.bin", "b_1.bin"]
-    assert (stream.file_idx, stream.pos, stream.epoch) == (0, 0, 1)
-    assert isinstance(stream.tokens, np.ndarray)
-    assert stream.tokens[1:3].tolist() == [11, 12]
-
-
-def test_a_file_is_opened_only_when_its_first_token_is_asked_for(tmp_path):
+def test_a_stream_repeats_its_files_in_the_order_of_their_names(tmp_path):
+    write_shard(tmp_path / "b_1.bin", [7])
+    write_shard(tmp_path / "b_0.bin", [5, 6])
     log = []
-    write_shard(tmp_path / "one.bin", [5, 6, 7])
-    stream = tg.TokenStream(str(tmp_path / "one.bin"), log.append, "d")
+    stream = tg.TokenStream(str(tmp_path / "b_*.bin"), log.append, "d")
+    assert stream.files == [str(tmp_path / "b_0.bin"), str(tmp_path / "b_1.bin")]
+    assert (stream.file_idx, stream.pos, stream.epoch, stream.tokens.tolist()) == (0, 0, 1, [5, 6])
     assert stream.take(3).tolist() == [5, 6, 7]
-    assert (stream.pos, stream.epoch, log) == (3, 1, [])
-    assert stream.take(0).tolist() == []
-    assert stream.epoch == 1
+    assert (stream.file_idx, stream.pos, stream.epoch, log) == (1, 1, 1, [])  # nothing is opened before it is needed
     assert stream.take(1).tolist() == [5]
-    assert (stream.pos, stream.epoch) == (1, 2)
-    assert log == ["WARNING: starting epoch:2 dataset:d train_shards:1"]
+    assert (stream.file_idx, stream.pos, stream.epoch) == (0, 1, 2)
+    assert log == ["WARNING: starting epoch:2 dataset:d train_shards:2"]
+    assert (stream.take(8).tolist(), stream.epoch) == ([6, 7, 5, 6, 7, 5, 6, 7], 4)
 
 
-@given(
-    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
-    requests=st.lists(st.integers(0, 25), min_size=1, max_size=6),
-)
-def test_takes_are_consecutive_pieces_of_the_repeated_text(tmp_path_factory, lengths, requests):
-    folder = tmp_path_factory.mktemp("stream")
-    text = np.arange(sum(lengths))
-    for i, part in enumerate(np.split(text, np.cumsum(lengths)[:-1])):
-        write_shard(folder / f"s_{i}.bin", part)
-    stream = tg.TokenStream(str(folder / "s_*.bin"))
-    taken = np.concatenate([stream.take(n) for n in requests])
-    assert taken.tolist() == [i % len(text) for i in range(sum(requests))]
-    assert stream.epoch == 1 + max(sum(requests) - 1, 0) // len(text)
+@pytest.mark.parametrize("read", [tg.TokenStream, tg.TokenLoader, lambda files: tg.load_validation_tokens(files, 4)])
+def test_a_pattern_without_files_is_named(tmp_path, read):
+    with pytest.raises(FileNotFoundError, match=r"nothing_\*\.bin"):
+        read(str(tmp_path / "nothing_*.bin"))
 
 
-def test_no_file_names_the_pattern_and_how_to_get_data(tmp_path):
-    for make in (tg.TokenStream, tg.TokenLoader, lambda pattern: tg.load_validation_tokens(pattern, 4)):
-        with pytest.raises(FileNotFoundError, match=r"nothing_\*\.bin.*data/prepare.py"):
-            make(str(tmp_path / "nothing_*.bin"))
+def test_an_empty_shard_in_a_stream_is_refused_by_name(tmp_path):
+    write_shard(tmp_path / "0.bin", [1])
+    write_shard(tmp_path / "1.bin", [])
+    with pytest.raises(ValueError, match="1.bin"):
+        tg.TokenStream(str(tmp_path / "*.bin")).take(2)
 
 
-def test_batches_do_not_overlap_and_targets_follow_inputs(tmp_path):
-    write_shard(tmp_path / "s.bin", range(100))
-    loader = tg.TokenLoader(str(tmp_path / "s.bin"))
-    x, y = loader.next_batch(11, 4)  # 2 whole sequences
-    assert x.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert y.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
-    assert loader.stream.pos == 9
+def test_batches_do_not_overlap_and_targets_follow_their_inputs(tmp_path):
+    loader = tg.TokenLoader(str(write_shard(tmp_path / "s.bin", range(100))))
+    x, y = loader.next_batch(11, 4)  # room for two sequences
+    assert x.dtype == y.dtype == mx.int32
+    assert (x.tolist(), y.tolist()) == ([[0, 1, 2, 3], [4, 5, 6, 7]], [[1, 2, 3, 4], [5, 6, 7, 8]])
     x, y = loader.next_batch(4, 4)
     assert (x.tolist(), y.tolist()) == ([[9, 10, 11, 12]], [[10, 11, 12, 13]])
 
 
-def test_batch_without_room_for_a_sequence(tmp_path):
+def test_a_batch_without_room_for_a_sequence_is_refused(tmp_path):
     loader = tg.TokenLoader(str(write_shard(tmp_path / "s.bin", range(9))))
-    with pytest.raises(ValueError, match="sequence"):
+    with pytest.raises(ValueError, match="7.*8"):
         loader.next_batch(7, 8)
-    assert loader.stream.pos == 0
 
 
 @pytest.mark.parametrize(("count", "kept"), [(9, 9), (16, 9), (17, 17), (24, 17)])
-def test_validation_tokens_are_cut_to_whole_sequences(tmp_path, count, kept):
+def test_validation_files_are_joined_and_cut_to_whole_sequences(tmp_path, count, kept):
     write_shard(tmp_path / "v_0.bin", range(4))
     write_shard(tmp_path / "v_1.bin", range(4, count))
-    tokens = tg.load_validation_tokens(str(tmp_path / "v_*.bin"), 8)
-    assert isinstance(tokens, np.ndarray)
-    assert tokens.tolist() == list(range(kept))
+    assert tg.load_validation_tokens(str(tmp_path / "v_*.bin"), 8).tolist() == list(range(kept))
 
 
-def test_too_few_validation_tokens(tmp_path):
-    write_shard(tmp_path / "v.bin", range(8))
-    with pytest.raises(ValueError, match="TRAIN_SEQ_LEN=8"):
-        tg.load_validation_tokens(str(tmp_path / "v.bin"), 8)
+def test_too_few_validation_tokens_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="v.bin"):
+        tg.load_validation_tokens(str(write_shard(tmp_path / "v.bin", range(8))), 8)
 
 
-class TestManifest:
-    """validate_dataset_tokenizer_pair looks at data/manifest.json beside data/datasets/NAME."""
-
-    @pytest.fixture
-    def dataset(self, tmp_path):
-        for i in range(3):
-            write_shard(tmp_path / f"data/datasets/set_a/fineweb_train_{i:06d}.bin", [1])
-        write_shard(tmp_path / "data/datasets/set_a/fineweb_val_000000.bin", [1])
-        return tmp_path / "data/datasets/set_a"
-
-    def manifest(self, dataset, entry=None, tokenizer=None, **changes):
-        entry = {"name": "set_a", "tokenizer_name": "tok", "stats": {"files_train": 5, "files_val": 1}, **(entry or {})}
-        tokenizer = {"name": "tok", "model_path": "tokenizers/right.model", **(tokenizer or {})}
-        content = {"tokenizers": [{"name": "other"}, tokenizer], "datasets": [{"name": "set_b"}, entry], **changes}
-        (dataset.parent.parent / "manifest.json").write_text(json.dumps(content))
-
-    def check(self, dataset, tokenizer="somewhere/right.model"):
-        return tg.validate_dataset_tokenizer_pair(str(dataset), tokenizer)
-
-    def test_without_a_manifest(self, dataset):
-        assert self.check(dataset, "any.model") == ("set_a", 3, None)
-
-    def test_without_an_entry(self, dataset):
-        self.manifest(dataset, entry={"name": "set_c"})
-        assert self.check(dataset, "any.model") == ("set_a", 3, None)
-
-    def test_expected_count(self, dataset):
-        self.manifest(dataset)
-        assert self.check(dataset) == ("set_a", 3, 5)
-        self.manifest(dataset, entry={"stats": {"files_train": 3}})
-        assert self.check(dataset) == ("set_a", 3, 3)
-
-    def test_data_path_may_be_relative_or_a_link(self, dataset, tmp_path, monkeypatch):
-        self.manifest(dataset)
-        monkeypatch.chdir(dataset)
-        assert tg.validate_dataset_tokenizer_pair(".", "right.model") == ("set_a", 3, 5)
-        elsewhere = tmp_path / "disk/big"
-        elsewhere.parent.mkdir()
-        dataset.rename(elsewhere)
-        dataset.symlink_to(elsewhere)  # the data set is known by the name it is linked under
-        assert self.check(dataset) == ("set_a", 3, 5)
-
-    def test_more_shards_than_expected(self, dataset):
-        self.manifest(dataset, entry={"stats": {"files_train": 2}})
-        with pytest.raises(ValueError, match="3 training shards"):
-            self.check(dataset)
-
-    def test_wrong_tokenizer(self, dataset):
-        self.manifest(dataset)
-        with pytest.raises(ValueError, match=r"wrong\.model.*right\.model"):
-            self.check(dataset, "tokenizers/wrong.model")
-
-    def test_model_path_goes_before_path(self, dataset):
-        self.manifest(dataset, tokenizer={"path": "x/wrong.model"})
-        assert self.check(dataset)[2] == 5
-        self.manifest(dataset, tokenizer={"model_path": None, "path": "x/right.model"})
-        assert self.check(dataset)[2] == 5
-        with pytest.raises(ValueError, match="right.model"):
-            self.check(dataset, "wrong.model")
-
-    def test_unlisted_tokenizer_means_no_check(self, dataset):
-        self.manifest(dataset, entry={"tokenizer_name": "gone"})
-        assert self.check(dataset, "wrong.model") == ("set_a", 3, 5)
-
-    def test_manifest_that_is_no_json(self, dataset):
-        (dataset.parent.parent / "manifest.json").write_text("{")
-        with pytest.raises(ValueError, match=r"manifest\.json"):
-            self.check(dataset)
-
-
-def test_a_shard_is_neither_read_nor_copied_when_it_is_opened(tmp_path):
-    """A sparse file of 4 GB opens as fast as a small one, and a batch costs what it holds."""
+def test_opening_a_shard_reads_none_of_it(tmp_path):
     count = 2_000_000_000
-    path = tmp_path / "fineweb_val_000000.bin"
-    write_shard(path, [], count=count)
-    with path.open("r+b") as file:
-        file.truncate(1024 + 2 * count)
+    path = write_shard(tmp_path / "large.bin", [], count=count)
+    os.truncate(path, 1024 + 2 * count)  # a sparse file
     tracemalloc.start()
     stream, tokens = tg.TokenStream(str(path)), tg.load_validation_tokens(str(path), 1024)
-    stream.seek(0, count - 3, 1)
     assert stream.take(4).tolist() == [0, 0, 0, 0]
-    assert (stream.pos, stream.epoch) == (1, 2)
-    most = tracemalloc.get_traced_memory()[1]
+    peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert most < 10_000_000
-    assert (stream.tokens.dtype, type(stream.tokens), tokens.dtype) == (np.uint16, np.ndarray, np.uint16)
-    assert len(stream.tokens) == count
-    assert len(tokens) == (count - 1) // 1024 * 1024 + 1
+    assert peak < 10_000_000
+    assert (len(stream.tokens), len(tokens)) == (count, (count - 1) // 1024 * 1024 + 1)
 
 
-def test_several_validation_files_are_joined(tmp_path):
-    write_shard(tmp_path / "v_0.bin", [1, 2, 3])
-    write_shard(tmp_path / "v_1.bin", [4, 65535, 6, 7])
-    tokens = tg.load_validation_tokens(str(tmp_path / "v_*.bin"), 2)
-    assert (tokens.tolist(), tokens.dtype) == ([1, 2, 3, 4, 65535, 6, 7], np.uint16)
+@pytest.fixture
+def dataset(tmp_path):
+    """The data set "mine", of three training shards."""
+    for i in range(3):
+        write_shard(tmp_path / f"datasets/mine/fineweb_train_{i:06d}.bin", [1])
+    write_shard(tmp_path / "datasets/mine/fineweb_val_000000.bin", [1])
+    return tmp_path / "datasets/mine"
+
+
+def write_manifest(dataset, files_train: int = 5, dataset_name: str = "mine", **tokenizer: str) -> None:
+    entry = {"name": dataset_name, "tokenizer_name": "tok", "stats": {"files_train": files_train, "files_val": 1}}
+    manifest = {"tokenizers": [{"name": "tok", **tokenizer}], "datasets": [{"name": "first"}, entry]}
+    (dataset.parent.parent / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_without_a_manifest_nothing_is_expected(dataset):
+    assert tg.validate_dataset_tokenizer_pair(str(dataset), "any.model") == ("mine", 3, None)
+
+
+@pytest.mark.parametrize(("name", "files_train", "expected"), [("mine", 5, 5), ("mine", 3, 3), ("other", 5, None)])
+def test_the_manifests_entry_says_how_many_training_shards_to_expect(dataset, name, files_train, expected):
+    write_manifest(dataset, files_train, name)
+    assert tg.validate_dataset_tokenizer_pair(str(dataset), "any.model") == ("mine", 3, expected)
+
+
+def test_more_training_shards_than_expected_are_refused(dataset):
+    write_manifest(dataset, files_train=2)
+    with pytest.raises(ValueError, match="3.*2"):
+        tg.validate_dataset_tokenizer_pair(str(dataset), "any.model")
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [{"model_path": "a/right.model"}, {"path": "a/right.model"}, {"model_path": "right.model", "path": "wrong.model"}],
+    ids=str,
+)
+def test_the_tokenizer_must_have_the_file_name_of_the_manifests(dataset, tokenizer):
+    write_manifest(dataset, **tokenizer)
+    tg.validate_dataset_tokenizer_pair(str(dataset), "b/right.model")
+    with pytest.raises(ValueError, match=r"wrong\.model.*right\.model"):
+        tg.validate_dataset_tokenizer_pair(str(dataset), "b/wrong.model")
+
+
+def test_a_tokenizer_that_the_manifest_does_not_list_is_not_checked(dataset):
+    write_manifest(dataset, name="another", model_path="right.model")
+    assert tg.validate_dataset_tokenizer_pair(str(dataset), "wrong.model") == ("mine", 3, 5)
