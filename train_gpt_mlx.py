@@ -210,20 +210,18 @@ INT8_KEEP_FLOAT_FP32_NAME_PATTERNS = tuple(filter(None, fp32_names.split(",")))
 # In: files of uint16 tokens. Out: an endless stream of batches (x, y), where y is x shifted by one token.
 
 LogFn = Callable[[str], None]
-SHARD_MAGIC, SHARD_VERSION = 20240520, 1
-SHARD_HEADER_INTS = 256  # little-endian int32: magic, version, token count, then zeros
 HOW_TO_GET_DATA = "data/cached_challenge_fineweb.py fetches FineWeb, data/prepare.py makes a sample"
 
 
 def map_data_shard(path: Path | str) -> np.ndarray:
     """A shard's tokens, (tokens,) uint16, read from the disk when used. Raises InputError if it is damaged."""
-    header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
-    if len(header) < SHARD_HEADER_INTS or header[:2].tolist() != [SHARD_MAGIC, SHARD_VERSION]:
-        raise InputError(f"{path}: not a shard of version {SHARD_VERSION}")
-    size, num_tokens = os.path.getsize(path), int(header[2])
-    if size != header.nbytes + 2 * num_tokens:
-        raise InputError(f"{path}: damaged: {num_tokens} tokens do not take {size} bytes: fetch it again")
-    return np.memmap(path, "<u2", "r", header.nbytes, (num_tokens,)).view(np.ndarray)
+    header = np.fromfile(path, dtype="<i4", count=256)  # magic number, version, token count, zeros
+    if len(header) < 256 or header[:2].tolist() != [20240520, 1]:
+        raise InputError(f"{path}: not a shard of tokens")
+    num_tokens = int(header[2])
+    if os.path.getsize(path) != 1024 + 2 * num_tokens:
+        raise InputError(f"{path}: damaged: its size does not fit {num_tokens} tokens: fetch it again")
+    return np.memmap(path, "<u2", "r", offset=1024, shape=(num_tokens,)).view(np.ndarray)
 
 
 def load_data_shard(path: Path | str) -> np.ndarray:
@@ -269,8 +267,8 @@ class TokenStream:
             return
         self.seek(0, 0, self.epoch + 1)
         if self.log_fn is not None:
-            dataset = f"dataset:{self.dataset_name} train_shards:{len(self.files)}"
-            self.log_fn(f"WARNING: starting epoch:{self.epoch} {dataset}")
+            shards = f"dataset:{self.dataset_name} train_shards:{len(self.files)}"
+            self.log_fn(f"WARNING: starting epoch:{self.epoch} {shards}")
 
     def take(self, n: int) -> np.ndarray:
         """The next n tokens, (n,) int32."""
@@ -856,8 +854,7 @@ def is_mine(index: int) -> bool:
 
 def gather(*numbers: float) -> np.ndarray:
     """The numbers of all ranks, (ranks, numbers) float64, sent as bytes because MLX has no float64 on GPUs."""
-    own = np.array([numbers], dtype=np.float64)
-    ranks = mx.distributed.all_gather(mx.array(own.view(np.uint8)), stream=mx.cpu)
+    ranks = mx.distributed.all_gather(mx.array(np.array([numbers], np.float64).view(np.uint8)), stream=mx.cpu)
     mx.eval(ranks)  # raises RuntimeError if a rank is gone; np.array() alone does not
     return np.array(ranks).view(np.float64)
 
@@ -877,9 +874,8 @@ def average_over_ranks(loss: mx.array, grads: dict) -> tuple[mx.array, dict]:
 def from_rank_0(path: Path) -> bytes:
     """The content of a file that only rank 0 needs to have."""
     content = path.read_bytes() if world().rank() == 0 else b""
-    size = int(gather(len(content))[0, 0])
-    padded = np.frombuffer(content.ljust(size, b"\0"), dtype=np.uint8)
-    shared = mx.distributed.all_sum(mx.array(padded), stream=mx.cpu)
+    padded = content.ljust(int(gather(len(content))[0, 0]), b"\0")
+    shared = mx.distributed.all_sum(mx.array(np.frombuffer(padded, np.uint8)), stream=mx.cpu)
     mx.eval(shared)
     return bytes(np.array(shared))
 
@@ -1001,6 +997,7 @@ class Run:
         self.train_ms, self.step_started = 0.0, 0.0
         self.position = (0, 0, 1)  # of the token stream: file_idx, pos, epoch
         self.losses: list[float] = []
+        self.stage = "warmup"  # then training, validation, scoring
         self.signal = ""  # the one that asked the run to end
         self.is_stopping = False  # training has ended because of it
 
@@ -1153,14 +1150,16 @@ def resume(run: Run) -> None:
 
 @contextlib.contextmanager
 def stop_signals(run: Run) -> Iterator[None]:
-    """Note the first SIGINT, SIGTERM or SIGHUP in run.signal. Another SIGINT or SIGTERM ends the process at once. What
-    is ignored, as under nohup, stays so."""
+    """The first SIGINT, SIGTERM or SIGHUP ends training after the step under way, and any other stage with a
+    KeyboardInterrupt. Another SIGINT or SIGTERM ends the process at once. What is ignored, as under nohup, stays so."""
     before = {}
 
-    def note(number: int, frame: Any) -> None:
+    def stop(number: int, frame: Any) -> None:
         run.signal = signal.Signals(number).name
         for other in before:  # a closing terminal may send SIGHUP several times
             signal.signal(other, signal.SIG_IGN if other == signal.SIGHUP else signal.SIG_DFL)
+        if run.stage != "training":
+            raise KeyboardInterrupt(f"interrupted by {run.signal} during {run.stage}: no score")
         text = f"\n{run.signal}: training ends after this step, to be saved and scored. Once more ends it at once.\n"
         with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(2, text.encode())  # not print(), which could be under way
@@ -1168,19 +1167,13 @@ def stop_signals(run: Run) -> Iterator[None]:
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:
-                before[number] = signal.signal(number, note)
+                before[number] = signal.signal(number, stop)
                 signal.siginterrupt(number, False)  # system calls of MLX and its compiler go on
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def end_if_interrupted(run: Run, stage: str) -> None:
-    """Raise KeyboardInterrupt for a signal that did not end the training."""
-    if run.signal != "" and not run.is_stopping:
-        raise KeyboardInterrupt(f"interrupted by {run.signal} during {stage}: no score")
 
 
 @contextlib.contextmanager
@@ -1260,21 +1253,19 @@ overrides:{overrides(args)}"""
         run.log(line)
 
 
-def watched(run: Run, function: Callable, stage: str, total_tokens: int) -> Callable:
-    """`function`, with a status line before each call. A signal ends any stage but training, which ends with a step."""
+def watched(run: Run, function: Callable, total_tokens: int) -> Callable:
+    """`function`, with a status line before each call."""
     started, tokens = time.perf_counter(), 0
 
     def call(x: mx.array, y: mx.array) -> Any:
         nonlocal tokens
         now, done = time.perf_counter(), tokens / total_tokens
-        if stage != "training":
-            end_if_interrupted(run, stage)
-        elif run.args.max_wallclock_seconds > 0:
+        if run.stage == "training" and run.args.max_wallclock_seconds > 0:
             done = max(done, (run.train_ms / 1000.0 + now - run.step_started) / run.args.max_wallclock_seconds)
         left = int((now - started) * (1.0 - done) / max(done, 1e-9))
         loss = f"  loss {np.mean(run.losses[-20:]):.4f}" if run.losses else ""
         speed = f"{tokens / (now - started):.0f} tok/s"
-        run.status(f"{stage} {done:.1%}  {left // 60}:{left % 60:02d} left  {speed}{loss}")
+        run.status(f"{run.stage} {done:.1%}  {left // 60}:{left % 60:02d} left  {speed}{loss}")
         tokens += x.size * world().size()
         return function(x, y)
 
@@ -1289,14 +1280,14 @@ def warm_up(run: Run) -> None:
         return
     sizes = token_chunks(args.microbatch_tokens, args.train_seq_len, args.mlx_max_microbatch_tokens)
     loader = TokenLoader(args.train_files, vocab_size=args.vocab_size)  # neither this nor the optimizers will train
-    loss_and_grad = watched(run, run.compiled_loss_and_grad, "warmup", sizes[0] + sizes[-1])
+    loss_and_grad = watched(run, run.compiled_loss_and_grad, sizes[0] + sizes[-1])
     for size in (sizes[0], sizes[-1]):
         loss, grads = loss_and_grad(*loader.next_batch(size, args.train_seq_len))
         accum = accumulate_flat_grads(accum, grads, 0.5)
         mx.eval(loss, accum)
     mx.eval(SplitOptimizers(run.model, args).update(params, accum, step=0, lr_mul=1.0))
     batches = {len(tokens): tokens for tokens in validation_batches(args, run.val_tokens)}
-    loss_alone = watched(run, run.compiled_loss, "warmup of validation", sum(batches))
+    loss_alone = watched(run, run.compiled_loss, sum(batches))
     for tokens in batches.values():
         mx.eval(loss_alone(*inputs_and_targets(tokens, args.train_seq_len)))
     for step in range(1, args.warmup_steps + 1):
@@ -1314,17 +1305,17 @@ def is_over(run: Run) -> bool:
 
 def train(run: Run) -> None:
     """Train until ITERATIONS, the wallclock cap or a signal. Only steps are on the clock."""
-    args = run.args
-    end_if_interrupted(run, "warmup")
+    args, run.stage = run.args, "training"
     loader = TokenLoader(args.train_files, run.log, run.dataset[0], args.vocab_size)
     loader.stream.seek(*run.position)
     tokens_left = (args.iterations - run.step) * args.train_batch_tokens
-    loss_and_grad = watched(run, run.compiled_loss_and_grad, "training", tokens_left)
+    loss_and_grad = watched(run, run.compiled_loss_and_grad, tokens_left)
     while not is_over(run):
         if args.checkpoint_every > 0 and run.step % args.checkpoint_every == 0:
             write_checkpoint(run)
         if args.val_loss_every > 0 and run.step % args.val_loss_every == 0:
             validate(run)
+            run.stage = "training"
         take_step(run, loader, loss_and_grad)
     if args.checkpoint_every > 0 or run.is_stopping or run.checkpoint_path.exists():
         write_checkpoint(run)  # now, because scoring rounds the weights
@@ -1357,8 +1348,9 @@ def take_step(run: Run, loader: TokenLoader, loss_and_grad: LossAndGrad) -> None
 
 def evaluate(run: Run, stage: str) -> tuple[float, float, str]:
     """(val_loss, val_bpb, mark) of the model as it is. The mark ends the lines of a score that is not the full one."""
+    run.stage = stage
     num_tokens = len(run.val_tokens) - 1
-    loss_alone = watched(run, run.compiled_loss, stage, num_tokens)
+    loss_alone = watched(run, run.compiled_loss, num_tokens)
     val_loss, val_bpb = eval_val(run.args, loss_alone, run.val_tokens, *run.byte_tables, run.log)
     run.require_finite({"val_loss": mx.array(val_loss)})
     mark = f" val_tokens:{num_tokens}/{run.num_val_tokens}" if num_tokens < run.num_val_tokens else ""
