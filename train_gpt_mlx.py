@@ -77,19 +77,19 @@ class RunSettings:
     tokenizer_path: str = "./data/tokenizers/fineweb_1024_bpe.model"  # SentencePiece model of those shards
     run_id: str = ""  # names the run's log and files; if unset, a fresh uuid4
     out_dir: str = "logs"  # folder for logs, models and checkpoints
-    resume: str = ""  # checkpoint to continue from; auto: this RUN_ID's, if there is one
+    resume: str = ""  # checkpoint to continue from; auto: this RUN_ID's, if any
     # length, validation, logging
     iterations: int = 20000  # most optimizer steps; 0 scores the untrained model
     max_wallclock_seconds: float = 600.0  # most seconds of training; 0: no cap
-    warmup_steps: int = 20  # log lines of the warmup, which compiles off the clock; 0: no warmup
+    warmup_steps: int = 20  # log lines of the warmup, which compiles off the clock; 0: none
     val_loss_every: int = 0  # validate every so many steps; 0: only at the end
-    val_max_tokens: int = 0  # score only so many validation tokens, for a quick look; 0: all
-    val_batch_size: int = 524288  # tokens in GRAD_ACCUM_STEPS validation batches together
+    val_max_tokens: int = 0  # score only the first so many tokens, for a quick look; 0: all
+    val_batch_size: int = 524288  # tokens of GRAD_ACCUM_STEPS validation batches
     train_log_every: int = 200  # log every so many steps after the first 10; 0: no train lines
-    checkpoint_every: int = 0  # write a checkpoint every so many steps and at the end; 0: only if interrupted
+    checkpoint_every: int = 0  # checkpoint every so many steps and at the end; 0: only if interrupted
     # memory
-    mlx_eager_eval: bool = True  # finish each chunk before the next one starts: keeps memory at one chunk
-    logit_chunk_tokens: int = 0  # compute the logits of so many tokens at a time; 0: of all at once
+    mlx_eager_eval: bool = True  # finish a chunk before the next: less memory
+    logit_chunk_tokens: int = 0  # compute logits of so many tokens at a time; 0: of all
 
 
 class Hyperparameters(RunSettings):
@@ -98,21 +98,21 @@ class Hyperparameters(RunSettings):
     # batches and schedule
     seed: int = 1337  # seed of the initial weights
     train_batch_tokens: int = 524288  # tokens per optimizer step
-    grad_accum_steps: int = 8  # microbatches that a step's tokens are split into
-    train_seq_len: int = 1024  # tokens per sequence; TRAIN_MAX_SEQ_LEN is read if only that is set
+    grad_accum_steps: int = 8  # microbatches per step
+    train_seq_len: int = 1024  # tokens per sequence (or TRAIN_MAX_SEQ_LEN)
     mlx_max_microbatch_tokens: int = 8192  # most tokens in the model at once; fewer take less memory
-    warmdown_iters: int = 1200  # last steps, in which the learning rate falls linearly to 0
+    warmdown_iters: int = 1200  # last steps, in which the learning rate falls to 0
     # model
     vocab_size: int = 1024  # token ids; must equal the tokenizer's
-    num_layers: int = 9  # transformer blocks; the first half has skip connections to the second
+    num_layers: int = 9  # transformer blocks
     model_dim: int = 512  # width of the residual stream
     num_heads: int = 8  # query heads
-    num_kv_heads: int = 4  # key/value heads; NUM_HEADS / NUM_KV_HEADS query heads share one
+    num_kv_heads: int = 4  # key/value heads, each shared by NUM_HEADS / NUM_KV_HEADS query heads
     mlp_mult: int = 2  # width of the MLP over MODEL_DIM
-    tie_embeddings: bool = True  # embed and predict with one matrix; 0 is not implemented
+    tie_embeddings: bool = True  # embed and predict with one matrix; 0: not implemented
     tied_embed_init_std: float = 0.005  # standard deviation of the initial embedding
-    logit_softcap: float = 30.0  # logits are squashed smoothly into -CAP..CAP
-    rope_base: float = 10000.0  # base of the rotary position frequencies
+    logit_softcap: float = 30.0  # logits stay within -CAP..CAP
+    rope_base: float = 10000.0  # base of the rotary frequencies
     qk_gain_init: float = 1.5  # initial gain of each head's queries
     # optimizer
     beta1: float = 0.9  # Adam: decay of the first moment
@@ -120,14 +120,14 @@ class Hyperparameters(RunSettings):
     adam_eps: float = 1e-8  # Adam: added to the denominator
     tied_embed_lr: float = 0.05  # learning rate of the embedding (Adam)
     matrix_lr: float = 0.04  # learning rate of the blocks' matrices (Muon)
-    scalar_lr: float = 0.04  # learning rate of vectors, gains and skip weights (Adam)
+    scalar_lr: float = 0.04  # learning rate of vectors and gains (Adam)
     muon_momentum: float = 0.95  # Muon: momentum after its warmup
     muon_backend_steps: int = 5  # Muon: Newton-Schulz iterations per update
     muon_momentum_warmup_start: float = 0.85  # Muon: momentum at step 0
     muon_momentum_warmup_steps: int = 500  # Muon: steps until MUON_MOMENTUM; 0: constant
     grad_clip_norm: float = 0.0  # scale gradients down to this global norm; 0: off
 
-    train_files = property(lambda self: f"{self.data_path}/fineweb_train_*.bin")  # a glob pattern
+    train_files = property(lambda self: f"{self.data_path}/fineweb_train_*.bin")
     val_files = property(lambda self: f"{self.data_path}/fineweb_val_*.bin")
     microbatch_tokens = property(lambda self: self.train_batch_tokens // self.grad_accum_steps)
 
@@ -163,9 +163,9 @@ class ModuleSettings:
 
     # read at import
     compute_dtype: str = "auto"  # bfloat16, float32, or auto: bfloat16 on a GPU, else float32
-    mlx_preload_blas: bool = True  # Linux: use OpenBLAS for products on the CPU if it is installed
+    mlx_preload_blas: bool = True  # Linux: use OpenBLAS if it is installed
     control_tensor_name_patterns: str = CONTROL_NAMES  # block parameters that Adam trains, not Muon
-    int8_keep_float_fp32_name_patterns: str = ""  # small tensors saved in float32, not float16; if unset, the same
+    int8_keep_float_fp32_name_patterns: str = ""  # small tensors saved in float32; if unset, the same
 
 
 def settings_of(owner: type) -> dict[str, Any]:
@@ -311,7 +311,7 @@ def load_validation_tokens(pattern: str, seq_len: int) -> np.ndarray:
     shards = [map_data_shard(path) for path in find_shards(pattern)]
     tokens = shards[0] if len(shards) == 1 else np.concatenate(shards)  # a single one stays on the disk
     num_seqs = (len(tokens) - 1) // seq_len
-    if num_seqs == 0:
+    if num_seqs < 1:
         raise InputError(f"{pattern}: {len(tokens)} tokens are too few for a sequence of TRAIN_SEQ_LEN={seq_len}")
     return tokens[: num_seqs * seq_len + 1]
 
@@ -319,26 +319,26 @@ def load_validation_tokens(pattern: str, seq_len: int) -> np.ndarray:
 def validate_dataset_tokenizer_pair(data_path: str, tokenizer_path: str) -> tuple[str, int, int | None]:
     """(data set's name, training shards present, training shards expected or None), by the manifest.json two folders
     above it. Raises InputError if that is damaged, or lists another tokenizer or fewer shards."""
-    dataset_dir = Path(os.path.abspath(data_path))
-    name, present = dataset_dir.name, len(list(dataset_dir.glob("fineweb_train_*.bin")))
-    path = dataset_dir.parent.parent / "manifest.json"
+    folder = Path(os.path.abspath(data_path))
+    present = len(list(folder.glob("fineweb_train_*.bin")))
+    path = folder.parent.parent / "manifest.json"
     if not path.is_file():
-        return name, present, None
+        return folder.name, present, None
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        datasets = {entry["name"]: entry for entry in manifest["datasets"]}
+        dataset = {entry["name"]: entry for entry in manifest["datasets"]}.get(folder.name, {})
         tokenizers = {entry["name"]: entry for entry in manifest.get("tokenizers", [])}
-        tokenizer = tokenizers.get(datasets.get(name, {}).get("tokenizer_name"), {})
+        tokenizer = tokenizers.get(dataset.get("tokenizer_name"), {})
         tokenizer_file = Path(tokenizer.get("model_path") or tokenizer.get("path") or tokenizer_path).name
-        expected = datasets.get(name, {}).get("stats", {}).get("files_train")
+        expected = dataset.get("stats", {}).get("files_train")
         has_too_many = expected is not None and present > expected
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: damaged ({error!r}): correct it, or move it away") from None
     if tokenizer_file != Path(tokenizer_path).name:
-        raise InputError(f"TOKENIZER_PATH={tokenizer_path}: by {path}, {name} was made with {tokenizer_file}")
+        raise InputError(f"TOKENIZER_PATH={tokenizer_path}: {path} lists {tokenizer_file} for this data")
     if has_too_many:
         raise InputError(f"DATA_PATH={data_path}: has {present} training shards, but {path} lists {expected}")
-    return name, present, expected
+    return folder.name, present, expected
 
 
 # --- 3. Bytes per token ---
@@ -350,7 +350,8 @@ def build_sentencepiece_luts(sp: spm.SentencePieceProcessor, vocab_size: int) ->
     "\u2581the" has 3 base bytes and a leading space, which is one more byte unless the token before is a boundary: one
     without text, such as begin of document."""
     size = max(sp.vocab_size(), vocab_size)
-    base_bytes, has_leading_space = np.zeros(size, dtype=np.int16), np.zeros(size, dtype=bool)
+    base_bytes = np.zeros(size, dtype=np.int16)
+    has_leading_space = np.zeros(size, dtype=bool)
     is_boundary = np.ones(size, dtype=bool)
     for token_id in range(sp.vocab_size()):
         if sp.is_control(token_id) or sp.is_unknown(token_id) or sp.is_unused(token_id):
@@ -600,7 +601,8 @@ class Muon:
 
     def step(self, params: FlatParams, grads: FlatParams, step: int, lr_mul: float) -> FlatParams:
         """New values of this optimizer's parameters. `step` counts from 0."""
-        args, updated = self.args, {}
+        args = self.args
+        updated = {}
         warm = min(step / args.muon_momentum_warmup_steps, 1.0) if args.muon_momentum_warmup_steps > 0 else 1.0
         momentum = (1.0 - warm) * args.muon_momentum_warmup_start + warm * args.muon_momentum
         for key in self.keys:
@@ -885,31 +887,34 @@ def from_rank_0(path: Path) -> bytes:
 AT_LEAST_1 = """train_batch_tokens grad_accum_steps train_seq_len mlx_max_microbatch_tokens val_batch_size vocab_size
     num_layers model_dim num_heads num_kv_heads mlp_mult"""
 ANY_SIGN = "max_wallclock_seconds warmdown_iters grad_clip_norm qk_gain_init"
-LIMITS = dict.fromkeys(AT_LEAST_1.split(), 1) | dict.fromkeys(ANY_SIGN.split(), -math.inf)  # of the others: 0
+LIMITS = {  # the least value, and the one to stay below
+    **dict.fromkeys(AT_LEAST_1.split(), (1, 2**64)),
+    **dict.fromkeys(ANY_SIGN.split(), (-math.inf, math.inf)),
+    **dict.fromkeys(["beta1", "beta2"], (0, 1)),
+}
 
 
 def setting_problems(args: Hyperparameters) -> list[str]:
     """A line for each setting that no run can use, and for each variable whose name is almost a setting's."""
     problems = []
-    settings = settings_of(type(args))
-    for name in settings:
-        value, least = getattr(args, name), LIMITS.get(name, 0)
-        if not isinstance(value, str) and not least <= value < 2**64:
-            problems.append(f"{name.upper()}={value}: must be at least {least}, and below 2**64")
-    dtype = os.environ.get("COMPUTE_DTYPE", "auto")
-    if dtype not in ("auto", "bfloat16", "float32"):
-        problems.append(f"COMPUTE_DTYPE={dtype}: must be auto, bfloat16 or float32")
-    known = [name.upper() for name in (*settings, *settings_of(ModuleSettings), "train_max_seq_len")]
+    for name in settings_of(type(args)):
+        value = getattr(args, name)
+        least, limit = LIMITS.get(name, (0, 2**64))
+        if not isinstance(value, str) and not least <= value < limit:
+            problems.append(f"{name.upper()}={value}: must be at least {least} and below {limit}")
+    for variable, allowed in (("COMPUTE_DTYPE", ("auto", "bfloat16", "float32")), ("MLX_PRELOAD_BLAS", ("0", "1"))):
+        value = os.environ.get(variable, allowed[0])
+        if value not in allowed:
+            problems.append(f"{variable}={value}: must be {' or '.join(allowed)}")
+    known = [name.upper() for name in (*dir(args), *settings_of(ModuleSettings), "train_max_seq_len")]
     for variable in sorted(os.environ.keys() - set(known)):
-        near = difflib.get_close_matches(variable.upper(), known, n=1, cutoff=0.9)
-        if near and not hasattr(args, variable.lower()):
-            problems.append(f"{variable} is not a setting: did you mean {near[0]}? Rename it, or unset it")
+        for near in difflib.get_close_matches(variable.upper(), known, n=1, cutoff=0.905):
+            problems.append(f"{variable} is not a setting: did you mean {near}? Rename it, or unset it")
     return problems
 
 
 def check_settings(args: Hyperparameters) -> None:
-    """Raise InputError with a line for each wrong setting or, if there is none, for each impossible combination.
-    Raises NotImplementedError for untied embeddings."""
+    """Raise InputError with a line for each wrong setting or, if there is none, each impossible combination."""
     problems = setting_problems(args)
     if problems:
         raise InputError("\n".join(problems))
@@ -917,9 +922,9 @@ def check_settings(args: Hyperparameters) -> None:
         raise NotImplementedError("TIE_EMBEDDINGS=0: not implemented")
     least = args.grad_accum_steps * args.train_seq_len
     for name in ("train_batch_tokens", "val_batch_size"):
-        tokens = getattr(args, name)
-        if tokens < least:
-            problems.append(f"{name.upper()}={tokens}: must be at least GRAD_ACCUM_STEPS * TRAIN_SEQ_LEN = {least}")
+        value = getattr(args, name)
+        if value < least:
+            problems.append(f"{name.upper()}={value}: must be at least GRAD_ACCUM_STEPS * TRAIN_SEQ_LEN = {least}")
     if args.grad_accum_steps % world().size() != 0:
         problems.append(f"GRAD_ACCUM_STEPS={args.grad_accum_steps}: must be a multiple of {world().size()} processes")
     try:
@@ -947,8 +952,8 @@ def build_model(args: Hyperparameters) -> GPT:
     return GPT(*sizes, *logits, args.rope_base, args.tied_embed_init_std, args.qk_gain_init)
 
 
-def read_validation(args: Hyperparameters) -> tuple[np.ndarray, int, tuple[np.ndarray, ...]]:
-    """(tokens to score, how many there are without VAL_MAX_TOKENS, byte tables). Raises InputError."""
+def read_validation(args: Hyperparameters) -> tuple[np.ndarray, tuple[np.ndarray, ...], str]:
+    """(tokens to score, byte tables, mark). The mark ends the lines of a score of VAL_MAX_TOKENS. Raises InputError."""
     path = args.tokenizer_path
     if not path.endswith(".model"):
         raise InputError(f"TOKENIZER_PATH={path}: must be a SentencePiece model, ending in .model")
@@ -960,25 +965,29 @@ def read_validation(args: Hyperparameters) -> tuple[np.ndarray, int, tuple[np.nd
         raise InputError(f"TOKENIZER_PATH={path}: not a SentencePiece model ({HOW_TO_GET_DATA})") from None
     if tokenizer.vocab_size() != args.vocab_size:
         raise InputError(f"VOCAB_SIZE={args.vocab_size}, but TOKENIZER_PATH={path} has {tokenizer.vocab_size()} pieces")
+    for shard in find_shards(args.val_files):
+        check_tokens(map_data_shard(shard), args.vocab_size, shard)
     tokens = load_validation_tokens(args.val_files, args.train_seq_len)
-    check_tokens(tokens, args.vocab_size, args.val_files)
-    scored = len(tokens)
-    if args.val_max_tokens > 0:
-        scored = max(args.val_max_tokens // args.train_seq_len, 1) * args.train_seq_len + 1
-    return tokens[:scored], len(tokens) - 1, build_sentencepiece_luts(tokenizer, args.vocab_size)
+    mark = ""
+    if 0 < args.val_max_tokens < len(tokens) - 1:
+        num_tokens = max(args.val_max_tokens // args.train_seq_len, 1) * args.train_seq_len
+        mark = f" val_tokens:{num_tokens}/{len(tokens) - 1}"
+        tokens = tokens[: num_tokens + 1]
+    return tokens, build_sentencepiece_luts(tokenizer, args.vocab_size), mark
 
 
 class Run:
     """What the stages of a run share: data, model, files, and how far it has come. Raises InputError or OSError."""
 
     def __init__(self, args: Hyperparameters) -> None:
-        self.args, self.started = args, time.perf_counter()
-        self.val_tokens, self.num_val_tokens, self.byte_tables = read_validation(args)
+        self.args = args
+        self.started = time.perf_counter()
+        self.val_tokens, self.byte_tables, self.mark = read_validation(args)
         self.dataset = validate_dataset_tokenizer_pair(args.data_path, args.tokenizer_path)
         self.data_checksum = zlib.crc32(np.stack(self.byte_tables))
         for path in find_shards(args.train_files) + find_shards(args.val_files):
             tokens = map_data_shard(path)
-            check_tokens(tokens[:100_000], args.vocab_size, path)  # the others are checked when they are used
+            check_tokens(tokens[:100_000], args.vocab_size, path)  # later ones are checked when they are used
             self.data_checksum = zlib.crc32(tokens[:100_000], self.data_checksum + len(tokens))
         if backend() == "metal":  # so that macOS leaves the arrays in memory
             mx.set_wired_limit(mx.device_info()["max_recommended_working_set_size"])
@@ -993,10 +1002,12 @@ class Run:
         self.npz_path = Path(args.out_dir, f"{args.run_id}_mlx_model.npz")
         self.artifact_path = Path(args.out_dir, f"{args.run_id}_mlx_model.int8.ptz")
         self.log_file = None
-        self.step, self.saved_step = 0, 0  # steps done; the last one that is on the disk
-        self.train_ms, self.step_started = 0.0, 0.0
+        self.step = 0
+        self.saved_step = 0  # the last one that is on the disk
+        self.train_ms = self.step_started = 0.0
         self.position = (0, 0, 1)  # of the token stream: file_idx, pos, epoch
         self.losses: list[float] = []
+        self.submission = ""  # its size
         self.stage = "warmup"  # then training, validation, scoring
         self.signal = ""  # the one that asked the run to end
         self.is_stopping = False  # training has ended because of it
@@ -1008,8 +1019,8 @@ class Run:
         with contextlib.suppress(OSError):
             print(line, file=self.log_file, flush=True)
         with contextlib.suppress(OSError):
+            self.status("")
             if console:
-                self.status("")
                 print(line, flush=True)
 
     def status(self, text: str) -> None:
@@ -1023,7 +1034,7 @@ class Run:
         for name, array in arrays.items():
             if not mx.isfinite(array).all().item():
                 last = ", ".join(f"{loss:.4f}" for loss in self.losses[-5:])
-                raise RunError(f"after step {self.step} {name} is not finite; nothing is saved; last losses: {last}")
+                raise RunError(f"after step {self.step} {name} is not finite; last losses: {last}")
 
 
 @contextlib.contextmanager
@@ -1042,8 +1053,8 @@ def whole_file(path: Path) -> Iterator[io.BufferedWriter]:
 
 
 def open_log(run: Run) -> None:
-    """Open the log, which starts with the script's source, so that each result has its code. Files of an earlier run
-    with this RUN_ID are moved aside. Raises OSError if OUT_DIR cannot be written."""
+    """Open the log, which starts with the script's source: each result has its code. Earlier files of this RUN_ID are
+    moved aside. Raises OSError."""
     paths = [run.npz_path, run.artifact_path]
     if run.args.resume != "auto" or run.step == 0:  # else the log and the checkpoint are continued
         paths += [run.log_path, run.checkpoint_path]
@@ -1054,9 +1065,10 @@ def open_log(run: Run) -> None:
     run.log_path.parent.mkdir(parents=True, exist_ok=True)
     for path in earlier:
         path.rename(f"{path}.{number}")
-    run.log_file = run.log_path.open("a", encoding="utf-8", errors="backslashreplace")
-    rule, versions = "=" * 100, f"Python {sys.version}\nMLX {mx.__version__}"
-    print(CODE_PATH.read_text(encoding="utf-8"), rule, versions, rule, sep="\n", file=run.log_file, flush=True)
+    run.log_file = run.log_path.open("a", encoding="utf-8")
+    rule = "=" * 100
+    head = [CODE_PATH.read_text(encoding="utf-8"), rule, f"Python {sys.version}", f"MLX {mx.__version__}", rule]
+    print(*head, sep="\n", file=run.log_file, flush=True)
     print(run.log_path, flush=True)
 
 
@@ -1093,7 +1105,7 @@ def set_training_state(run: Run, arrays: FlatParams) -> None:
 def settings_behind(run: Run) -> dict[str, str]:
     """What the result depends on, by the variable's name."""
     names = settings_of(type(run.args)).keys() - settings_of(RunSettings).keys()
-    values = {name.upper(): getattr(run.args, name) for name in sorted(names)}
+    values = {name.upper(): getattr(run.args, name) for name in names}
     values["COMPUTE_DTYPE"] = COMPUTE_DTYPE
     values["CONTROL_TENSOR_NAME_PATTERNS"] = CONTROL_TENSOR_NAME_PATTERNS
     values["INT8_KEEP_FLOAT_FP32_NAME_PATTERNS"] = INT8_KEEP_FLOAT_FP32_NAME_PATTERNS
@@ -1102,8 +1114,7 @@ def settings_behind(run: Run) -> dict[str, str]:
 
 
 def write_checkpoint(run: Run) -> None:
-    """Write what it takes to continue as if nothing had happened, unless this step is saved already. A full disk only
-    gives a warning: there may be room for the model, which is smaller."""
+    """Write what it takes to continue as if nothing had happened. A full disk is a warning: the model may still fit."""
     if run.step == run.saved_step:
         return
     run.saved_step = run.step
@@ -1142,7 +1153,8 @@ def resume(run: Run) -> None:
         raise InputError(f"RESUME={path}: checkpoint does not match: {'; '.join(changes)}")
     set_training_state(run, arrays)
     run.step = run.saved_step = about["step"]
-    run.train_ms, run.position = about["train_ms"], about["position"]
+    run.train_ms = about["train_ms"]
+    run.position = about["position"]
 
 
 # --- 13. Interruption ---
@@ -1178,8 +1190,7 @@ def stop_signals(run: Run) -> Iterator[None]:
 
 @contextlib.contextmanager
 def progress_kept(run: Run) -> Iterator[None]:
-    """When something ends the run early, log it, and write a checkpoint unless the numbers are not finite. Raises
-    RunError or KeyboardInterrupt."""
+    """Log what ends the run early, and write a checkpoint. Raises RunError or KeyboardInterrupt."""
     try:
         yield
     except (RunError, KeyboardInterrupt, InputError, OSError, RuntimeError) as error:  # the last one is MLX's
@@ -1196,21 +1207,22 @@ def progress_kept(run: Run) -> Iterator[None]:
 # In: the settings. Out: a log, the weights (.npz), the compressed model (.int8.ptz), and its score.
 
 SUBMISSION_CAP_BYTES = 16_000_000  # for this file and the compressed model together
+DEFAULTS = settings_of(Hyperparameters) | settings_of(ModuleSettings)  # a fork's subclass may have others
 
 
 def overrides(args: Hyperparameters) -> str:
     """The settings that differ from their defaults, quoted for a shell. A generated RUN_ID is not one."""
     words = []
-    for name, default in (settings_of(Hyperparameters) | settings_of(ModuleSettings)).items():
+    for name, default in (settings_of(type(args)) | DEFAULTS).items():
         value = getattr(args, name, read_setting(name, default))
-        if value != default and (name != "run_id" or "RUN_ID" in os.environ):
+        if value != default and (name != "run_id" or os.environ.get("RUN_ID")):
             text = str(int(value) if isinstance(value, bool) else value)
             words.append(f"{name.upper()}={shlex.quote(text)}")
     return " ".join(words)
 
 
 def log_configuration(run: Run) -> None:
-    """Log what is about to run. Other people's scripts parse these lines: add fields, but change none."""
+    """Log what will run. Other people's scripts parse these lines: add fields, but change none."""
     args, params = run.args, dict(tree_flatten(run.model.parameters()))
     name, present, expected = run.dataset
     loader = f"train_loader:dataset:{name} train_shards:{present}"
@@ -1223,7 +1235,7 @@ def log_configuration(run: Run) -> None:
 run_id:{args.run_id}
 mlx_version:{mx.__version__}
 train_loader:shards pattern={args.train_files}
-val_loader:shards pattern={args.val_files} tokens:{run.num_val_tokens}
+val_loader:shards pattern={args.val_files} tokens:{len(load_validation_tokens(args.val_files, args.train_seq_len)) - 1}
 {loader}
 tokenizer_path:{args.tokenizer_path}
 model_params:{sum(param.size for param in params.values())} vocab_size:{args.vocab_size} layers:{args.num_layers} \
@@ -1255,17 +1267,22 @@ overrides:{overrides(args)}"""
 
 def watched(run: Run, function: Callable, total_tokens: int) -> Callable:
     """`function`, with a status line before each call."""
-    started, tokens = time.perf_counter(), 0
+    started = time.perf_counter()
+    tokens = 0
 
     def call(x: mx.array, y: mx.array) -> Any:
         nonlocal tokens
-        now, done = time.perf_counter(), tokens / total_tokens
+        now = time.perf_counter()
+        done = tokens / total_tokens
         if run.stage == "training" and run.args.max_wallclock_seconds > 0:
             done = max(done, (run.train_ms / 1000.0 + now - run.step_started) / run.args.max_wallclock_seconds)
-        left = int((now - started) * (1.0 - done) / max(done, 1e-9))
-        loss = f"  loss {np.mean(run.losses[-20:]):.4f}" if run.losses else ""
-        speed = f"{tokens / (now - started):.0f} tok/s"
-        run.status(f"{run.stage} {done:.1%}  {left // 60}:{left % 60:02d} left  {speed}{loss}")
+        text = f"{run.stage} {done:.1%}"
+        if tokens > 0 and now > started:
+            left = int((now - started) * (1.0 - done) / done)
+            text += f"  {left // 60}:{left % 60:02d} left  {tokens / (now - started):.0f} tok/s"
+        if run.losses:
+            text += f"  loss {np.mean(run.losses[-20:]):.4f}"
+        run.status(text)
         tokens += x.size * world().size()
         return function(x, y)
 
@@ -1273,8 +1290,8 @@ def watched(run: Run, function: Callable, total_tokens: int) -> Callable:
 
 
 def warm_up(run: Run) -> None:
-    """Make MLX compile all that training and validation will use, and learn nothing. Two chunks and a validation batch
-    of each size do: WARMUP_STEPS only says whether, and how many lines are logged."""
+    """Make MLX compile and allocate what training and validation will use. Two chunks and a validation batch of each
+    size do. WARMUP_STEPS only says whether, and how many lines are logged."""
     args, params, accum = run.args, dict(tree_flatten(run.model.parameters())), None
     if args.warmup_steps <= 0:
         return
@@ -1346,72 +1363,70 @@ def take_step(run: Run, loader: TokenLoader, loss_and_grad: LossAndGrad) -> None
         run.log(f"step:{run.step}/{args.iterations} train_loss:{loss.item():.4f} {times} {speed} lr_mul:{lr_mul:.4f}")
 
 
-def evaluate(run: Run, stage: str) -> tuple[float, float, str]:
-    """(val_loss, val_bpb, mark) of the model as it is. The mark ends the lines of a score that is not the full one."""
+def evaluate(run: Run, stage: str) -> tuple[float, float]:
+    """(val_loss, val_bpb) of the model as it is."""
     run.stage = stage
-    num_tokens = len(run.val_tokens) - 1
-    loss_alone = watched(run, run.compiled_loss, num_tokens)
+    loss_alone = watched(run, run.compiled_loss, len(run.val_tokens) - 1)
     val_loss, val_bpb = eval_val(run.args, loss_alone, run.val_tokens, *run.byte_tables, run.log)
     run.require_finite({"val_loss": mx.array(val_loss)})
-    mark = f" val_tokens:{num_tokens}/{run.num_val_tokens}" if num_tokens < run.num_val_tokens else ""
-    return val_loss, val_bpb, mark
+    return val_loss, val_bpb
 
 
 def validate(run: Run) -> None:
     """Validate during or after training, off the clock."""
-    val_loss, val_bpb, mark = evaluate(run, "validation")
+    val_loss, val_bpb = evaluate(run, "validation")
     times = f"train_time:{run.train_ms:.0f}ms step_avg:{run.train_ms / max(run.step, 1):.2f}ms"
-    run.log(f"step:{run.step}/{run.args.iterations} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} {times}{mark}")
+    run.log(f"step:{run.step}/{run.args.iterations} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} {times}{run.mark}")
 
 
 def save(run: Run) -> None:
-    """Write the weights as they are (.npz) and compressed (.int8.ptz). Raises RunError if they are not finite."""
+    """Write the weights as they are (.npz) and compressed (.int8.ptz)."""
     flat_state = dict(tree_flatten(run.model.state))
     run.require_finite(flat_state)
+    quant_obj, stats = quantize_state_dict_int8(flat_state)
+    run.require_finite(dequantize_state_dict_int8(quant_obj))  # float16 ends at 65504
     run.saved_step = run.step
     if world().rank() > 0:
         return
     with whole_file(run.npz_path) as file:
         mx.savez(file, **flat_state)
     run.log(f"saved_model:{run.npz_path} bytes:{run.npz_path.stat().st_size}")
-    quant_obj, stats = quantize_state_dict_int8(flat_state)
     raw = pickle.dumps(quant_obj, protocol=pickle.HIGHEST_PROTOCOL)
     with whole_file(run.artifact_path) as file:
         file.write(zlib.compress(raw, level=9))
-    payload, quantized = stats["int8_payload_bytes"], stats["num_float_tensors"]
+    model_bytes = run.artifact_path.stat().st_size
+    payload = stats["int8_payload_bytes"]
     sizes = f"payload:{payload} raw_pickle:{len(raw)} payload_ratio:{stats['baseline_tensor_bytes'] / payload:.2f}x"
-    run.log(f"serialized_model_int8_zlib:{run.artifact_path.stat().st_size} bytes ({sizes})")
+    run.log(f"serialized_model_int8_zlib:{model_bytes} bytes ({sizes})")
+    quantized = stats["num_float_tensors"]
     run.log(f"int8_tensors:{quantized} float_tensors:{stats['num_tensors'] - quantized}")
     if quantized == 0:
         run.log(f"WARNING: nothing is quantized: no tensor has over {INT8_KEEP_FLOAT_MAX_NUMEL} elements")
-    run.log(f"Code size: {CODE_PATH.stat().st_size} bytes")
-    run.log(f"Total submission size int8+zlib: {submission_size(run)}")
-
-
-def submission_size(run: Run) -> str:
-    """The bytes of script and compressed model, and how much room they leave."""
-    total = CODE_PATH.stat().st_size + run.artifact_path.stat().st_size
-    room = SUBMISSION_CAP_BYTES - total
-    return f"{total} bytes ({abs(room)} {'under' if room >= 0 else 'OVER'} the cap of {SUBMISSION_CAP_BYTES} bytes)"
+    code_bytes = CODE_PATH.stat().st_size
+    room = SUBMISSION_CAP_BYTES - code_bytes - model_bytes
+    cap = f"{abs(room)} {'under' if room >= 0 else 'OVER'} the cap of {SUBMISSION_CAP_BYTES} bytes"
+    run.submission = f"{code_bytes + model_bytes} bytes ({cap})"
+    run.log(f"Code size: {code_bytes} bytes")
+    run.log(f"Total submission size int8+zlib: {run.submission}")
 
 
 def score(run: Run) -> None:
     """Read the compressed model back from its file and validate it: that is the run's score."""
     quant_obj = pickle.loads(zlib.decompress(from_rank_0(run.artifact_path)))
     run.model.update(tree_unflatten(list(dequantize_state_dict_int8(quant_obj).items())))
-    started, name = time.perf_counter(), "final_int8_zlib_roundtrip"
-    val_loss, val_bpb, mark = evaluate(run, "scoring")
+    started = time.perf_counter()
+    val_loss, val_bpb = evaluate(run, "scoring")
     now = time.perf_counter()
-    run.log(f"{name} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} eval_time:{1000 * (now - started):.0f}ms{mark}")
-    run.log(f"{name}_exact val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f}{mark}")
-    if world().rank() == 0:
-        where = f"{(now - run.started) / 60:.1f} minutes, log: {run.log_path}"
-        run.log(f"finished: {val_bpb:.4f} bits per byte{mark}, {submission_size(run)}, {where}")
+    name = "final_int8_zlib_roundtrip"
+    ms = f"eval_time:{1000 * (now - started):.0f}ms"
+    run.log(f"{name} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} {ms}{run.mark}")
+    run.log(f"{name}_exact val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f}{run.mark}")
+    minutes = f"{(now - run.started) / 60:.1f} minutes"
+    run.log(f"finished: {val_bpb:.4f} bits per byte{run.mark}, {run.submission}, {minutes}, log: {run.log_path}")
 
 
 def main() -> None:
-    """One run. Raises InputError, OSError or NotImplementedError before it starts, RunError for what fails later, and
-    KeyboardInterrupt if it is interrupted without a score."""
+    """One run. Raises InputError, OSError or NotImplementedError before it starts, then RunError, KeyboardInterrupt."""
     args = Hyperparameters()
     check_settings(args)
     run = Run(args)
@@ -1429,7 +1444,7 @@ def main() -> None:
 
 
 def help_text() -> str:
-    """What --help prints: every setting with its default and meaning, from the declarations above."""
+    """Every setting with its default and meaning, from the declarations above."""
     lines = ["Settings are environment variables:  ITERATIONS=100 SEED=7 python train_gpt_mlx.py"]
     for owner in (RunSettings, Hyperparameters, ModuleSettings):
         for line in inspect.getsource(owner).splitlines():
@@ -1445,7 +1460,6 @@ def help_text() -> str:
 
 def command_line(arguments: list[str]) -> int:
     """Exit status: 0 for a score or --help, 2 before training, 1 failed later, 130 interrupted without a score."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name may not suit the terminal
     try:
         if arguments in (["--help"], ["-h"]):
             print(help_text())

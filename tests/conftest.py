@@ -1,9 +1,6 @@
 """Fixtures that several test files share."""
 
-from __future__ import annotations
-
 import io
-import os
 import shutil
 import signal
 import subprocess
@@ -17,27 +14,26 @@ import sentencepiece as spm
 import prepare
 import train_gpt_mlx as tg
 from helpers import learnable_tokens, write_shard
-from runs import Outcome, Process, Start, command, environment
+from runs import Outcome, Process, command, environment
 
 hypothesis.settings.register_profile("busy", deadline=None)  # an example may take as long as a busy machine makes it
 hypothesis.settings.load_profile("busy")
-SETTING_NAMES = [name.upper() for owner in (tg.Hyperparameters, tg.ModuleSettings) for name in tg.settings_of(owner)]
 
 
 @pytest.fixture(autouse=True, scope="session")
 def signals_are_not_ignored():
     """As they are under nohup or in the background of a script: each run would inherit that. A handler, it does not."""
-    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, lambda *_: None)):
+    for number in (signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_IGN:
-            signal.signal(number, handler)
+            signal.signal(number, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
 def no_settings_from_outside(monkeypatch):
     """A developer's own ITERATIONS must not change what the tests see; the compute dtype is float32 everywhere."""
-    for name in [*SETTING_NAMES, "TRAIN_MAX_SEQ_LEN"]:
-        if name != "MLX_PRELOAD_BLAS" and name in os.environ:
-            monkeypatch.delenv(name)
+    names = {*tg.settings_of(tg.Hyperparameters), *tg.settings_of(tg.ModuleSettings), "train_max_seq_len"}
+    for name in names - {"mlx_preload_blas"}:
+        monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setattr(tg, "COMPUTE_DTYPE", mx.float32)
 
 
@@ -51,11 +47,10 @@ TEXT = "\n".join(
 def train_tokenizer(**changes) -> bytes:
     """A serialized SentencePiece model of 320 pieces in the challenge's recipe."""
     model = io.BytesIO()
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT.split("\n")), model_writer=model, model_type="bpe", vocab_size=320,
-        character_coverage=0.999, byte_fallback=True, split_digits=True, add_dummy_prefix=False,
-        normalization_rule_name="nmt_nfkc", pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2, **changes,
-    )  # fmt: skip
+    kind = dict(model_type="bpe", vocab_size=320, character_coverage=0.999, byte_fallback=True, split_digits=True)
+    text = dict(add_dummy_prefix=False, normalization_rule_name="nmt_nfkc", minloglevel=2)
+    recipe = {**kind, **text, "pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3, **changes}
+    spm.SentencePieceTrainer.train(sentence_iterator=iter(TEXT.split("\n")), model_writer=model, **recipe)
     return model.getvalue()
 
 
@@ -87,15 +82,15 @@ def run(data, tmp_path):
     """Run the script with the tiny data and model and the given settings, to its end; returns its Outcome."""
 
     def whole(*arguments: str, script: tuple[str, ...] = (), options: dict | None = None, **changes) -> Outcome:
-        done = subprocess.run(command(*arguments, script=script), cwd=tmp_path, capture_output=True, text=True,
-                              env=environment(data, tmp_path, **changes), timeout=240, **(options or {}))  # fmt: skip
+        options = dict(cwd=tmp_path, capture_output=True, text=True, timeout=240) | (options or {})
+        done = subprocess.run(command(*arguments, script=script), env=environment(data, tmp_path, **changes), **options)
         return Outcome(done.returncode, done.stdout.splitlines(), done.stderr, tmp_path / "out")
 
     return whole
 
 
 @pytest.fixture
-def start(data, tmp_path) -> Start:
+def start(data, tmp_path):
     """Start such a run, and go on while it is under way; what is still running at the end of the test is killed."""
     processes: list[Process] = []
 
@@ -105,8 +100,7 @@ def start(data, tmp_path) -> Start:
 
     yield under_way
     for process in processes:
-        process.popen.kill()
-        process.popen.communicate()
+        process.kill()
 
 
 @pytest.fixture
@@ -114,10 +108,9 @@ def small_disk(tmp_path):
     """A file system of its own, of 4 MiB."""
     path = tmp_path / "disk"
     path.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(path)],
-                          capture_output=True, text=True, check=False) if shutil.which("mount") else None  # fmt: skip
-    if done is None or done.returncode:
-        pytest.skip(f"cannot mount a small disk: {done.stderr.strip() if done else 'no mount command'}")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(path)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("cannot mount a small disk")
     yield path
     subprocess.run(["umount", str(path)], check=True)
 

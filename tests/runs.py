@@ -1,13 +1,10 @@
 """Whole runs of the script: how the tests start one, and what a finished one left behind."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +14,8 @@ import pytest
 from helpers import REPO
 
 SCRIPT = REPO / "train_gpt_mlx.py"
-MODEL = dict(
-    vocab_size=320, num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, train_seq_len=16, train_batch_tokens=128,
-    grad_accum_steps=2, val_batch_size=256, mlx_max_microbatch_tokens=48,
-)  # fmt: skip
+MODEL = dict(vocab_size=320, num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, train_seq_len=16)
+MODEL |= dict(train_batch_tokens=128, grad_accum_steps=2, val_batch_size=256, mlx_max_microbatch_tokens=48)
 ON_CPU = mx.default_device() == mx.Device(mx.cpu)
 
 
@@ -50,14 +45,12 @@ class Outcome:
         text = (self.folder / "r.txt").read_text(encoding="utf-8")
         return text.rsplit("=" * 100 + "\n", 1)[1].splitlines()
 
-    def same_as_from(self, step: int, other: Outcome) -> bool:
+    def same_as_from(self, step: int, other: "Outcome") -> bool:
         """Whether this run, resumed, repeats the other's losses from a step on, and its score."""
-        losses = [re.sub(" train_time.*", "", line) for line in other.lines("train_loss")][step - 1 :]
-        return [re.sub(" train_time.*", "", line) for line in self.lines("train_loss")] == losses and (
-            self.score() == other.score()
-        )
+        own, others = ([line.split(" train_time")[0] for line in run.lines("train_loss")] for run in (self, other))
+        return own == others[step - 1 :] and self.score() == other.score()
 
-    def same_as(self, other: Outcome) -> bool:
+    def same_as(self, other: "Outcome") -> bool:
         """Whether both runs computed the same: to the last digit on a CPU; a GPU adds up in no fixed order."""
         figures, others = [*self.losses(), self.score()], [*other.losses(), other.score()]
         return figures == others if ON_CPU else figures == pytest.approx(others, rel=1e-3)
@@ -70,8 +63,8 @@ class Process:
         self.out: list[str] = []
         self.folder = folder / "out"
         # Unbuffered, for what readline() would read ahead into a buffer of its own is lost to communicate().
-        self.popen = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE,
-                                      stderr=subprocess.PIPE, bufsize=0, **options)  # fmt: skip
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
+        self.popen = subprocess.Popen(command, cwd=folder, env=environment, **(pipes | options))
 
     def wait_for(self, pattern: str, count: int = 1) -> None:
         """Read on until so many further lines match."""
@@ -92,15 +85,12 @@ class Process:
         return Outcome(self.popen.returncode, self.out + rest.decode().splitlines(), err.decode(), self.folder)
 
 
-Start = Callable[..., Process]
-
-
 def environment(data: Path, folder: Path, **changes) -> dict[str, str]:
     """The environment of a run of the tiny model on the tiny data; a change to None leaves a variable unset."""
     # One thread for products: OpenBLAS's others wait by spinning, and there is a test or a rank for each core already.
-    values = dict(data_path=data / "datasets/tiny", tokenizer_path=data / "tokenizers/tiny.model", run_id="r",
-                  out_dir=folder / "out", iterations=4, warmup_steps=1, warmdown_iters=0, compute_dtype="float32",
-                  openblas_num_threads=1, **MODEL) | changes  # fmt: skip
+    values = dict(data_path=data / "datasets/tiny", tokenizer_path=data / "tokenizers/tiny.model")
+    values |= dict(run_id="r", out_dir=folder / "out", iterations=4, warmup_steps=1, warmdown_iters=0)
+    values |= dict(compute_dtype="float32", openblas_num_threads=1) | MODEL | changes
     outside = {name: value for name, value in os.environ.items() if name.lower() not in values}
     return {**outside, **{name.upper(): str(value) for name, value in values.items() if value is not None}}
 
