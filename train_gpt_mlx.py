@@ -901,7 +901,8 @@ def setting_problems(args: Hyperparameters) -> list[str]:
         value = getattr(args, name)
         least, limit = LIMITS.get(name, (0, 2**64))
         if not isinstance(value, str) and not least <= value < limit:
-            problems.append(f"{name.upper()}={value}: must be at least {least} and below {limit}")
+            allowed = f"below {limit}" if value >= limit else f"at least {least}"
+            problems.append(f"{name.upper()}={value}: must be {allowed}")
     for variable, allowed in (("COMPUTE_DTYPE", ("auto", "bfloat16", "float32")), ("MLX_PRELOAD_BLAS", ("0", "1"))):
         value = os.environ.get(variable, allowed[0])
         if value not in allowed:
@@ -1138,20 +1139,25 @@ def resume(run: Run) -> None:
         path = run.checkpoint_path
         if gather(path.exists())[0, 0] == 0:
             return  # rank 0 has none: start from the beginning
-    content = io.BytesIO(from_rank_0(path))
+    content = from_rank_0(path)
     try:
-        arrays, metadata = mx.load(content, format="safetensors", return_metadata=True)
-        about = json.loads(metadata["parameter_golf"])
-    except (RuntimeError, KeyError) as error:
+        data_start = 8 + int.from_bytes(
+            content[:8], "little"
+        )  # a safetensors file is a size, JSON of that size, and data
+        header = json.loads(content[8:data_start])
+        about = json.loads(header.pop("__metadata__")["parameter_golf"])
+        if len(content) != data_start + max(entry["data_offsets"][1] for entry in header.values()):
+            raise ValueError("its length is wrong")
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"RESUME={path}: no checkpoint, or damaged ({error}): choose another, or unset it") from None
     then, now = about["settings"], settings_behind(run)
     changes = [f"{name} was {then.get(name)}, is {now[name]}" for name in now if now[name] != then.get(name)]
-    shapes = {name: array.shape for name, array in tree_flatten(training_state(run))}
-    if not changes and shapes != {name: array.shape for name, array in arrays.items()}:
+    shapes = {name: list(array.shape) for name, array in tree_flatten(training_state(run))}
+    if not changes and shapes != {name: entry["shape"] for name, entry in header.items()}:
         changes = ["the script's model has other parameters"]
     if changes:
         raise InputError(f"RESUME={path}: checkpoint does not match: {'; '.join(changes)}")
-    set_training_state(run, arrays)
+    set_training_state(run, mx.load(io.BytesIO(content), format="safetensors"))
     run.step = run.saved_step = about["step"]
     run.train_ms = about["train_ms"]
     run.position = about["position"]
@@ -1388,8 +1394,10 @@ def save(run: Run) -> None:
     run.saved_step = run.step
     if world().rank() > 0:
         return
+    content = io.BytesIO()  # on a full disk MLX's zip file would add a traceback to the error
+    mx.savez(content, **flat_state)
     with whole_file(run.npz_path) as file:
-        mx.savez(file, **flat_state)
+        file.write(content.getbuffer())
     run.log(f"saved_model:{run.npz_path} bytes:{run.npz_path.stat().st_size}")
     raw = pickle.dumps(quant_obj, protocol=pickle.HIGHEST_PROTOCOL)
     with whole_file(run.artifact_path) as file:

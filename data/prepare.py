@@ -84,12 +84,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
-        "--text", nargs="+", type=Path, metavar="PATH",
+        "--text",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
         help="UTF-8 text files, and folders of them (every file in a folder, but for hidden ones); a file is a "
         "document, and they are shuffled by a fixed rule",
     )
     source.add_argument(
-        "--docs-jsonl", nargs="+", type=Path, metavar="FILE",
+        "--docs-jsonl",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
         help='files of one JSON object a line, its "text" a document, gzip or not; the order is kept',
     )
     parser.add_argument("--name", help='name of the data set (default "mytext", without your own text "sample")')
@@ -98,18 +104,27 @@ def build_parser() -> argparse.ArgumentParser:
         "--tokenizer", type=Path, metavar="MODEL", help="a SentencePiece model to use, instead of training one"
     )
     parser.add_argument(
-        "--tokenizer-train-docs", type=positive, default=20_000, metavar="N",
+        "--tokenizer-train-docs",
+        type=positive,
+        default=20_000,
+        metavar="N",
         help="train the tokenizer on the first N documents, with --val-docs on the first after those, and on 100 MB of "
         "them at most (default %(default)s)",
     )
     split = parser.add_mutually_exclusive_group()
     split.add_argument(
-        "--val-tokens", type=positive, default=100_000, metavar="N",
+        "--val-tokens",
+        type=positive,
+        default=100_000,
+        metavar="N",
         help="about so many validation tokens, in whole documents (default %(default)s)",
     )
     split.add_argument("--val-docs", type=positive, metavar="N", help="the first N documents are validation")
     parser.add_argument(
-        "--shard-tokens", type=positive, default=100_000_000, metavar="N",
+        "--shard-tokens",
+        type=positive,
+        default=100_000_000,
+        metavar="N",
         help="tokens in one shard file (default %(default)s)",
     )
     parser.add_argument(
@@ -344,10 +359,21 @@ def train_tokenizer(source: Source, args: argparse.Namespace, say: Callable[[str
     def train() -> None:
         try:
             spm.SentencePieceTrainer.train(
-                sentence_iterator=lines(), model_writer=model, model_type="bpe", vocab_size=args.vocab_size,
-                character_coverage=0.999, byte_fallback=True, split_digits=True, add_dummy_prefix=False,
-                normalization_rule_name="nmt_nfkc", hard_vocab_limit=False,
-                pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2,
+                sentence_iterator=lines(),
+                model_writer=model,
+                model_type="bpe",
+                vocab_size=args.vocab_size,
+                character_coverage=0.999,
+                byte_fallback=True,
+                split_digits=True,
+                add_dummy_prefix=False,
+                normalization_rule_name="nmt_nfkc",
+                hard_vocab_limit=False,
+                pad_id=0,
+                bos_id=1,
+                eos_id=2,
+                unk_id=3,
+                minloglevel=2,
             )
         except BaseException as error:
             failed.append(error)
@@ -727,13 +753,17 @@ def prepare(args: argparse.Namespace, say: Callable[[str], None] = print) -> Non
     left_out = "".join(f", {stats[kind]} {kind} left out" for kind in ("blank", "bad") if stats[kind])
     say(f"text: {stats['documents']} documents, {stats['bytes']:,} bytes{left_out}")
     for kind in ("train", "val"):
-        say(f"{kind}: {stats[f'documents_{kind}']} documents, {stats[f'tokens_{kind}']:,} tokens, "
-            f"{stats[f'files_{kind}']} shard(s)")
+        say(
+            f"{kind}: {stats[f'documents_{kind}']} documents, {stats[f'tokens_{kind}']:,} tokens, "
+            f"{stats[f'files_{kind}']} shard(s)"
+        )
     if stats["tokens_val"] > stats["tokens_train"] / 4:
         say("that is much validation for so little training: --val-tokens or --val-docs takes less")
     say("train on it with (default settings suit a GPU; for a CPU, add the small ones of the README's first command):")
-    say(f"  DATA_PATH={shown(ROOT / 'datasets' / dataset_name)} TOKENIZER_PATH={shown(ROOT / tokenizer['model_path'])} "
-        f"VOCAB_SIZE={args.vocab_size} {shown(Path(sys.executable))} train_gpt_mlx.py")
+    say(
+        f"  DATA_PATH={shown(ROOT / 'datasets' / dataset_name)} TOKENIZER_PATH={shown(ROOT / tokenizer['model_path'])} "
+        f"VOCAB_SIZE={args.vocab_size} {shown(Path(sys.executable))} train_gpt_mlx.py"
+    )
 
 
 def settings(args: argparse.Namespace, model: bytes) -> dict:

@@ -36,9 +36,9 @@ def errors(data, tmp_path, monkeypatch, capsys):
 WRONG = f"""\
 ITERATIONS=ten: must be a whole number
 TIE_EMBEDDINGS=yes: must be 0 or 1
-SEED={2**64}: must be at least 0 and below
+SEED={2**64}: must be below
 MATRIX_LR=nan: must be at least 0
-BETA1=1.0: must be at least 0 and below 1
+BETA1=1.0: must be below 1
 LOGIT_SOFTCAP=0.0: must be above 0
 COMPUTE_DTYPE=fp16: must be auto or bfloat16 or float32
 MLX_PRELOAD_BLAS=yes: must be 0 or 1"""
