@@ -694,7 +694,6 @@ def test_without_the_client_it_says_what_to_install(clone):
 def test_shards_are_checked_as_the_training_script_does(tmp_path):
     import cached_challenge_fineweb as fetch
 
-    assert (fetch.SHARD_MAGIC, fetch.SHARD_VERSION) == (tg.SHARD_MAGIC, tg.SHARD_VERSION)
     path, good = tmp_path / "fineweb_train_000000.bin", shard(20, 1)
     for data in (good, good[:-1], good + b"\0", good[:1023], b"", b"\1" + good[1:], good[:4] + b"\7" + good[5:]):
         path.write_bytes(data)
