@@ -61,8 +61,9 @@ except ModuleNotFoundError as error:
 
 
 # --- 1. Settings ---
-# To add a setting, write its line: type, default, meaning. It is then read from the environment and listed by --help.
-# If it only affects logging or evaluation, put it in RunSettings: a resumed run may change it. LIMITS has its range.
+# To add a setting, write its line: type, default of that type, meaning. It is then read from the environment and listed
+# by --help. If it only affects logging or evaluation, put it in RunSettings: a resumed run may change it. Numbers must
+# be at least 0 unless LIMITS (section 10) says otherwise.
 
 
 class InputError(ValueError):
@@ -74,22 +75,22 @@ class RunSettings:
 
     # files
     data_path: str = "./data/datasets/fineweb10B_sp1024"  # folder of fineweb_{train,val}_*.bin
-    tokenizer_path: str = "./data/tokenizers/fineweb_1024_bpe.model"  # SentencePiece model of those shards
+    tokenizer_path: str = "./data/tokenizers/fineweb_1024_bpe.model"  # SentencePiece model the shards were encoded with
     run_id: str = ""  # names the run's log and files; if unset, a fresh uuid4
     out_dir: str = "logs"  # folder for logs, models and checkpoints
     resume: str = ""  # checkpoint to continue from; auto: this RUN_ID's, if any
     # length, validation, logging
-    iterations: int = 20000  # most optimizer steps; 0 scores the untrained model
-    max_wallclock_seconds: float = 600.0  # most seconds of training; 0: no cap
-    warmup_steps: int = 20  # log lines of the warmup, which compiles off the clock; 0: none
-    val_loss_every: int = 0  # validate every so many steps; 0: only at the end
-    val_max_tokens: int = 0  # score only the first so many tokens, for a quick look; 0: all
-    val_batch_size: int = 524288  # tokens of GRAD_ACCUM_STEPS validation batches
-    train_log_every: int = 200  # log every so many steps after the first 10; 0: no train lines
-    checkpoint_every: int = 0  # checkpoint every so many steps and at the end; 0: only if interrupted
+    iterations: int = 20000  # maximum optimizer steps; 0 scores the untrained model
+    max_wallclock_seconds: float = 600.0  # maximum seconds of training; 0: no cap
+    warmup_steps: int = 20  # above 0: compile before the clock starts, and log that many lines
+    val_loss_every: int = 0  # validate every N steps; 0: only at the end
+    val_max_tokens: int = 0  # score only the first N tokens, for a quick look; 0: all
+    val_batch_size: int = 524288  # tokens per validation batch, times GRAD_ACCUM_STEPS
+    train_log_every: int = 200  # log every N steps after the first 10; 0: no train lines
+    checkpoint_every: int = 0  # checkpoint every N steps and at the end; 0: only if interrupted
     # memory
     mlx_eager_eval: bool = True  # finish a chunk before the next: less memory
-    logit_chunk_tokens: int = 0  # compute logits of so many tokens at a time; 0: of all
+    logit_chunk_tokens: int = 0  # compute the logits of N tokens at a time; 0: of all
 
 
 class Hyperparameters(RunSettings):
@@ -100,15 +101,15 @@ class Hyperparameters(RunSettings):
     train_batch_tokens: int = 524288  # tokens per optimizer step
     grad_accum_steps: int = 8  # microbatches per step
     train_seq_len: int = 1024  # tokens per sequence (or TRAIN_MAX_SEQ_LEN)
-    mlx_max_microbatch_tokens: int = 8192  # most tokens in the model at once; fewer take less memory
-    warmdown_iters: int = 1200  # last steps, in which the learning rate falls to 0
+    mlx_max_microbatch_tokens: int = 8192  # maximum tokens in the model at once; fewer take less memory
+    warmdown_iters: int = 1200  # final steps over which the learning rate falls to 0
     # model
-    vocab_size: int = 1024  # token ids; must equal the tokenizer's
+    vocab_size: int = 1024  # vocabulary size; must equal the tokenizer's
     num_layers: int = 9  # transformer blocks
     model_dim: int = 512  # width of the residual stream
     num_heads: int = 8  # query heads
     num_kv_heads: int = 4  # key/value heads, each shared by NUM_HEADS / NUM_KV_HEADS query heads
-    mlp_mult: int = 2  # width of the MLP over MODEL_DIM
+    mlp_mult: int = 2  # MLP width as a multiple of MODEL_DIM
     tie_embeddings: bool = True  # embed and predict with one matrix; 0: not implemented
     tied_embed_init_std: float = 0.005  # standard deviation of the initial embedding
     logit_softcap: float = 30.0  # logits stay within -CAP..CAP
@@ -149,19 +150,19 @@ class Hyperparameters(RunSettings):
             return 1.0
         if self.max_wallclock_seconds <= 0:
             steps_left = self.iterations - step
-            return min(steps_left / self.warmdown_iters, 1.0) if steps_left > 0 else 1.0
+            return min(steps_left / self.warmdown_iters, 1.0) if steps_left > 0 else 1.0  # 1.0 after the end, as ever
         ms_left = max(1000.0 * self.max_wallclock_seconds - elapsed_ms, 0.0)
         warmdown_ms = self.warmdown_iters * (elapsed_ms / max(step, 1))
-        return ms_left / warmdown_ms if ms_left <= warmdown_ms else 1.0
+        return ms_left / warmdown_ms if ms_left <= warmdown_ms else 1.0  # warmdown_ms is 0 before the first step
 
 
 CONTROL_NAMES = "attn_scale,attn_scales,mlp_scale,mlp_scales,resid_mix,resid_mixes,q_gain,skip_weight,skip_weights"
 
 
 class ModuleSettings:
-    """Settings of the module's constants."""
+    """Settings of module constants, read at import. Hyperparameters does not have them."""
 
-    # read at import
+    # module constants
     compute_dtype: str = "auto"  # bfloat16, float32, or auto: bfloat16 on a GPU, else float32
     mlx_preload_blas: bool = True  # Linux: use OpenBLAS if it is installed
     control_tensor_name_patterns: str = CONTROL_NAMES  # block parameters that Adam trains, not Muon
@@ -202,7 +203,7 @@ if os.environ.get("COMPUTE_DTYPE") in ("float32", "bfloat16"):
     COMPUTE_DTYPE = MX_DTYPE_FROM_NAME[os.environ["COMPUTE_DTYPE"]]
 control_names = read_setting("control_tensor_name_patterns", CONTROL_NAMES)
 fp32_names = read_setting("int8_keep_float_fp32_name_patterns", control_names)
-CONTROL_TENSOR_NAME_PATTERNS = tuple(filter(None, control_names.split(",")))  # every name contains ""
+CONTROL_TENSOR_NAME_PATTERNS = tuple(filter(None, control_names.split(",")))  # "" would match every name
 INT8_KEEP_FLOAT_FP32_NAME_PATTERNS = tuple(filter(None, fp32_names.split(",")))
 
 
@@ -238,7 +239,7 @@ def find_shards(pattern: str) -> list[str]:
 
 
 def check_tokens(tokens: np.ndarray, vocab_size: int, path: str, start: int = 0) -> None:
-    """Raise InputError for no tokens, or an id without an embedding, where MLX would read garbage."""
+    """Raise InputError if there are no tokens, or for an id without an embedding: MLX would read garbage."""
     if len(tokens) == 0:
         raise InputError(f"{path}: has no tokens: remove it")
     if tokens.max() >= vocab_size:
@@ -297,8 +298,8 @@ class TokenLoader:
         self.stream = TokenStream(pattern, log_fn, dataset_name, vocab_size)
 
     def next_batch(self, batch_tokens: int, seq_len: int) -> tuple[mx.array, mx.array]:
-        """x and y, (batch_tokens // seq_len, seq_len) int32 each. Batches do not overlap: the last target is used up.
-        Raises InputError if no sequence fits."""
+        """x and y, (batch_tokens // seq_len, seq_len) int32 each. Takes one token more, so the last target is not the
+        next batch's first input. Raises InputError if no sequence fits."""
         num_tokens = batch_tokens // seq_len * seq_len
         if num_tokens == 0:
             raise InputError(f"a batch of {batch_tokens} tokens has no room for a sequence of {seq_len}")
@@ -307,7 +308,7 @@ class TokenLoader:
 
 def load_validation_tokens(pattern: str, seq_len: int) -> np.ndarray:
     """The tokens of all validation shards, (k * seq_len + 1,) uint16, with the largest k. Raises InputError for damaged
-    shards and if k is 0, FileNotFoundError if there is none."""
+    shards and if k is 0, FileNotFoundError if there are none."""
     shards = [map_data_shard(path) for path in find_shards(pattern)]
     tokens = shards[0] if len(shards) == 1 else np.concatenate(shards)  # a single one stays on the disk
     num_seqs = (len(tokens) - 1) // seq_len
@@ -347,8 +348,8 @@ def validate_dataset_tokenizer_pair(data_path: str, tokenizer_path: str) -> tupl
 
 def build_sentencepiece_luts(sp: spm.SentencePieceProcessor, vocab_size: int) -> tuple[np.ndarray, ...]:
     """Tables (max(tokenizer's size, vocab_size),): base bytes int16, has leading space bool, is boundary bool.
-    "\u2581the" has 3 base bytes and a leading space, which is one more byte unless the token before is a boundary: one
-    without text, such as begin of document."""
+    "\u2581the" has 3 base bytes and a leading space. The space is one more byte, unless the token before is a boundary.
+    Boundaries are tokens without text, such as beginning of document."""
     size = max(sp.vocab_size(), vocab_size)
     base_bytes = np.zeros(size, dtype=np.int16)
     has_leading_space = np.zeros(size, dtype=bool)
@@ -395,7 +396,7 @@ class CastedLinear(nn.Module):
 
 
 def softmax_attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-    """Causal attention of a sequence's last queries, for Linux CPUs, where MLX has no fused kernel."""
+    """Causal attention for Linux CPUs, where MLX has no fused kernel. q holds the last num_queries positions of k."""
     batch, num_heads, num_queries, head_dim = q.shape
     num_kv_heads, num_keys = k.shape[1:3]
     q = (q * scale).reshape(batch, num_kv_heads, -1, head_dim)  # heads that share keys are rows of one product
@@ -413,11 +414,11 @@ QUERY_BLOCK = 128  # 64 and 256 are up to 5% slower at 1,024 tokens on 2 Linux c
 
 
 def causal_attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-    """Causal attention, (batch, heads, seq, head_dim), with fewer heads in k and v. Where MLX's kernel stores scores,
-    queries come in blocks, each with the keys it can see, which halves the scores: 1.4 times as fast."""
+    """Causal attention, (batch, heads, seq, head_dim), with fewer heads in k and v. Queries come in blocks, each with
+    the keys it can see. That halves the scores, which MLX stores except on CUDA in 16 bits: 1.4 times as fast."""
     attend = functools.partial(mx.fast.scaled_dot_product_attention, scale=scale, mask="causal")
     if backend() == "cuda" and q.dtype != mx.float32:
-        return attend(q, k, v)  # stores none
+        return attend(q, k, v)
     if backend() == "cpu" and sys.platform == "linux":
         attend = functools.partial(softmax_attention, scale=scale)
     blocks = []
@@ -484,7 +485,7 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """A transformer block: attention, then the MLP, each with a learned scale. resid_mix (2, dim) weights the input and
-    x0, the normalized embedding. At first a block looks at its input alone."""
+    x0, the normalized embedding, which initially has weight 0."""
 
     def __init__(
         self, dim: int, num_heads: int, num_kv_heads: int, mlp_mult: int, rope_base: float, qk_gain_init: float
@@ -530,7 +531,7 @@ class GPT(nn.Module):
         self.num_encoder_layers = num_layers // 2
         self.num_decoder_layers = num_layers - self.num_encoder_layers
         self.num_skip_weights = min(self.num_encoder_layers, self.num_decoder_layers)
-        # One seed gives one model, bit for bit, so the order of drawing is fixed, even for what is replaced below.
+        # One seed gives one model, bit for bit. So the order of drawing is fixed, and discarded draws must stay too.
         self.tok_emb = nn.Embedding(vocab_size, dim)
         block_args = (dim, num_heads, num_kv_heads, mlp_mult, rope_base, qk_gain_init)
         self.blocks = [Block(*block_args) for _ in range(num_layers)]
@@ -667,7 +668,8 @@ def clip_grad_tree(grads_tree: dict, max_norm: float) -> dict:
 
 
 # --- 6. One step ---
-# In: the loader. Out: mean loss and gradients of an optimizer step, computed one chunk at a time.
+# In: the loader. Out: mean loss and gradients of an optimizer step, one chunk at a time. Several processes (section 9)
+# share the microbatches. A chunk is prepared while the one before it runs.
 
 Loss = Callable[[mx.array, mx.array], mx.array]
 LossAndGrad = Callable[[mx.array, mx.array], tuple[mx.array, dict]]
@@ -707,14 +709,14 @@ def loss_and_grad_chunked(
             previous, loss = loss, loss + chunk_loss.astype(mx.float32) * share
             del chunk_loss, grads  # would hold memory
             if args.mlx_eager_eval:  # the lazy graph would hold every chunk's activations
-                mx.eval(previous)  # this chunk was prepared while the last one ran
+                mx.eval(previous)
                 mx.async_eval(loss, accum)
     return average_over_ranks(loss, tree_unflatten(list(accum.items())))
 
 
 # --- 7. Evaluation ---
 # In: a loss function and the validation tokens. Out: val_loss, nats per token, and the score: val_bpb, bits per byte.
-# A sliding window needs other batches, and a loss that is not the mean over all positions.
+# To add a sliding window, change validation_batches, and the loss, which is the mean over all positions.
 
 
 def validation_batches(args: Hyperparameters, val_tokens: np.ndarray) -> list[np.ndarray]:
@@ -760,8 +762,9 @@ def eval_val(
 
 INT8_MAX = np.float32(127.0)
 INT8_ROW_SCALE_FLOOR = np.float32(1.0 / 127.0)  # coarse for small weights, but part of the format
-INT8_KEEP_FLOAT_MAX_NUMEL = 65536  # up to this size tensors stay floating: they cost few bytes and suffer most
-INT8_KEEP_FLOAT_STORE_DTYPE = INT8_PER_ROW_SCALE_DTYPE = np.float16
+INT8_KEEP_FLOAT_MAX_NUMEL = 65536  # smaller tensors stay floating: they cost few bytes and suffer most
+INT8_KEEP_FLOAT_STORE_DTYPE = np.float16
+INT8_PER_ROW_SCALE_DTYPE = np.float16
 INT8_CLIP_PERCENTILE = 99.99984  # of the magnitudes: a few outliers must not coarsen all the others
 INT8_CLIP_Q = INT8_CLIP_PERCENTILE / 100.0
 
@@ -837,7 +840,7 @@ def dequantize_state_dict_int8(quant_obj: dict[str, Any]) -> FlatParams:
 
 
 # --- 9. Several processes ---
-# MLX's launcher starts several, the ranks, which share microbatches and validation batches. For one, these do nothing.
+# MLX's launcher starts several, the ranks, which share microbatches and validation batches. With one, these are no-ops.
 
 
 @functools.cache
@@ -895,7 +898,7 @@ LIMITS = {  # the least value, and the one to stay below
 
 
 def setting_problems(args: Hyperparameters) -> list[str]:
-    """A line for each setting that no run can use, and for each variable whose name is almost a setting's."""
+    """A line for each invalid setting, and for each variable whose name is almost a setting's."""
     problems = []
     for name in settings_of(type(args)):
         value = getattr(args, name)
@@ -942,7 +945,7 @@ CODE_PATH = Path(__file__)
 
 
 class RunError(Exception):
-    """What ends a run that has begun. The message says what failed."""
+    """Ends a run that is under way. The message says what failed."""
 
 
 def build_model(args: Hyperparameters) -> GPT:
@@ -1008,10 +1011,10 @@ class Run:
         self.train_ms = self.step_started = 0.0
         self.position = (0, 0, 1)  # of the token stream: file_idx, pos, epoch
         self.losses: list[float] = []
-        self.submission = ""  # its size
+        self.submission = ""  # size of script and model
         self.stage = "warmup"  # then training, validation, scoring
-        self.signal = ""  # the one that asked the run to end
-        self.is_stopping = False  # training has ended because of it
+        self.signal = ""  # the signal that asked the run to end
+        self.is_stopping = False  # whether a signal ended training
 
     def log(self, line: str, console: bool = True) -> None:
         """Log a line, on rank 0. Neither a full disk nor a closed terminal ends a run."""
@@ -1075,8 +1078,8 @@ def open_log(run: Run) -> None:
 
 def require_same_on_all_ranks(run: Run) -> None:
     """Raise InputError if a rank has other settings, another script or other data than rank 0."""
-    own_affairs = ("run_id", "out_dir", "data_path", "tokenizer_path")
-    settings = {name: value for name, value in vars(run.args).items() if name not in own_affairs}
+    may_differ = ("run_id", "out_dir", "data_path", "tokenizer_path")
+    settings = {name: value for name, value in vars(run.args).items() if name not in may_differ}
     settings_checksum = zlib.crc32(f"{settings} {COMPUTE_DTYPE} {mx.__version__}".encode())
     ranks = gather(settings_checksum, zlib.crc32(CODE_PATH.read_bytes()), run.data_checksum)
     for column, what in enumerate(("settings", "script", "data")):
@@ -1103,7 +1106,7 @@ def set_training_state(run: Run, arrays: FlatParams) -> None:
     mx.random.seed(high << 32 | low)
 
 
-def settings_behind(run: Run) -> dict[str, str]:
+def result_settings(run: Run) -> dict[str, str]:
     """What the result depends on, by the variable's name."""
     names = settings_of(type(run.args)).keys() - settings_of(RunSettings).keys()
     values = {name.upper(): getattr(run.args, name) for name in names}
@@ -1123,7 +1126,7 @@ def write_checkpoint(run: Run) -> None:
     run.require_finite(arrays)
     if world().rank() > 0:
         return
-    about = {"step": run.step, "train_ms": run.train_ms, "position": run.position, "settings": settings_behind(run)}
+    about = {"step": run.step, "train_ms": run.train_ms, "position": run.position, "settings": result_settings(run)}
     try:
         with whole_file(run.checkpoint_path) as file:
             mx.save_safetensors(file, arrays, {"parameter_golf": json.dumps(about)})
@@ -1150,7 +1153,7 @@ def resume(run: Run) -> None:
             raise ValueError("its length is wrong")
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"RESUME={path}: no checkpoint, or damaged ({error}): choose another, or unset it") from None
-    then, now = about["settings"], settings_behind(run)
+    then, now = about["settings"], result_settings(run)
     changes = [f"{name} was {then.get(name)}, is {now[name]}" for name in now if now[name] != then.get(name)]
     shapes = {name: list(array.shape) for name, array in tree_flatten(training_state(run))}
     if not changes and shapes != {name: entry["shape"] for name, entry in header.items()}:
@@ -1241,7 +1244,7 @@ def log_configuration(run: Run) -> None:
 run_id:{args.run_id}
 mlx_version:{mx.__version__}
 train_loader:shards pattern={args.train_files}
-val_loader:shards pattern={args.val_files} tokens:{len(load_validation_tokens(args.val_files, args.train_seq_len)) - 1}
+val_loader:shards pattern={args.val_files} tokens:{len(run.val_tokens) - 1}
 {loader}
 tokenizer_path:{args.tokenizer_path}
 model_params:{sum(param.size for param in params.values())} vocab_size:{args.vocab_size} layers:{args.num_layers} \
@@ -1302,7 +1305,7 @@ def warm_up(run: Run) -> None:
     if args.warmup_steps <= 0:
         return
     sizes = token_chunks(args.microbatch_tokens, args.train_seq_len, args.mlx_max_microbatch_tokens)
-    loader = TokenLoader(args.train_files, vocab_size=args.vocab_size)  # neither this nor the optimizers will train
+    loader = TokenLoader(args.train_files, vocab_size=args.vocab_size)  # a throwaway copy, as are the optimizers
     loss_and_grad = watched(run, run.compiled_loss_and_grad, sizes[0] + sizes[-1])
     for size in (sizes[0], sizes[-1]):
         loss, grads = loss_and_grad(*loader.next_batch(size, args.train_seq_len))
@@ -1356,11 +1359,11 @@ def take_step(run: Run, loader: TokenLoader, loss_and_grad: LossAndGrad) -> None
     loss, grads = loss_and_grad_chunked(args, loader, loss_and_grad, args.grad_accum_steps)
     run.optimizers.step(run.model, clip_grad_tree(grads, args.grad_clip_norm), run.step, lr_mul)
     del grads  # would hold memory
+    run.step += 1  # not after eval(): if that fails, the checkpoint has the new weights
+    run.position = (stream.file_idx, stream.pos, stream.epoch)
     mx.eval(loss, run.model.parameters())
     seconds = time.perf_counter() - run.step_started
-    run.step += 1
     run.train_ms += 1000.0 * seconds
-    run.position = (stream.file_idx, stream.pos, stream.epoch)
     run.require_finite({"train_loss": loss})
     run.losses.append(loss.item())
     if args.train_log_every > 0 and (run.step <= 10 or run.step % args.train_log_every == 0):
@@ -1390,7 +1393,7 @@ def save(run: Run) -> None:
     flat_state = dict(tree_flatten(run.model.state))
     run.require_finite(flat_state)
     quant_obj, stats = quantize_state_dict_int8(flat_state)
-    run.require_finite(dequantize_state_dict_int8(quant_obj))  # float16 ends at 65504
+    run.require_finite(dequantize_state_dict_int8(quant_obj))  # float16 overflows above 65504
     run.saved_step = run.step
     if world().rank() > 0:
         return

@@ -25,8 +25,7 @@ CHECKPOINT, NPZ, ARTIFACT = "r_checkpoint.safetensors", "r_mlx_model.npz", "r_ml
 
 # A fork that draws random numbers in each step, as dropout does.
 NOISY = f"""
-import sys; sys.path.insert(0, {str(REPO)!r})
-import train_gpt_mlx as tg
+import sys; sys.path.insert(0, {str(REPO)!r}); import train_gpt_mlx as tg
 take_step = tg.take_step
 def noisy(run, *args):
     take_step(run, *args)

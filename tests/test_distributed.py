@@ -24,29 +24,29 @@ CLOSE = 1e-5 if ON_CPU else 1e-3  # GPUs add in no fixed order
 EIGHT = dict(grad_accum_steps=8, train_batch_tokens=384, val_batch_size=256, iterations=20, train_log_every=1)
 FOR_EVER = EIGHT | dict(iterations=10_000_000)
 
-# A fork of the script that logs its losses to more places.
-EXACT = f"""
-import sys; sys.path.insert(0, {str(REPO)!r})
-import train_gpt_mlx as tg
+
+def fork(code: str) -> tuple[str, str]:
+    """A script in which this code changes the original, tg."""
+    start = f"import os, signal, sys, time; sys.path.insert(0, {str(REPO)!r}); import train_gpt_mlx as tg\n"
+    return "-c", f"{start}{code}\nsys.exit(tg.command_line([]))"
+
+
+EXACT = fork("""
 take_step = tg.take_step
 def logging(run, *args):
     take_step(run, *args)
-    run.log(f"exact:{{run.losses[-1]:.9f}}")
+    run.log(f"exact:{run.losses[-1]:.9f}")
 tg.take_step = logging
-sys.exit(tg.command_line([]))
-"""
-
-# Forks in which rank 1's clock runs a thousand times as fast, and in which it dies before the validation.
-RANK_1 = f"""
-import os, signal, sys, time; sys.path.insert(0, {str(REPO)!r})
-import train_gpt_mlx as tg
+""")
+FAST_CLOCK = fork("""
 clock = time.perf_counter
 if os.environ["MLX_RANK"] == "1":
-    CHANGE
-sys.exit(tg.command_line([]))
-"""
-FAST_CLOCK = RANK_1.replace("CHANGE", "time.perf_counter = lambda: 1000 * clock()")
-DIES = RANK_1.replace("CHANGE", "tg.validate = lambda run: os.kill(os.getpid(), signal.SIGKILL)")
+    time.perf_counter = lambda: 1000 * clock()
+""")
+DIES = fork("""
+if os.environ["MLX_RANK"] == "1":
+    tg.validate = lambda run: os.kill(os.getpid(), signal.SIGKILL)
+""")
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +119,7 @@ def alone(data, tmp_path_factory) -> Outcome:
     folder = tmp_path_factory.mktemp("alone")
     values = environment(data, folder, **EIGHT, mlx_disable_compile=1)
     options = dict(cwd=folder, env=values, check=True, capture_output=True, text=True)
-    done = subprocess.run(command(script=("-c", EXACT)), **options)
+    done = subprocess.run(command(script=EXACT), **options)
     return Outcome(done.returncode, done.stdout.splitlines(), done.stderr, folder / "out")
 
 
@@ -136,7 +136,7 @@ def without_figures(done: Outcome) -> list[str]:
 class TestSameAsOneProcess:
     @pytest.mark.parametrize("size", [1, 2, 4])
     def test_losses_score_log_and_files(self, alone, job, size):
-        done = job(size, script=("-c", EXACT), **EIGHT).finish()
+        done = job(size, script=EXACT, **EIGHT).finish()
         assert (done.code, done.err) == (0, "")
         assert len(exact(done)) == 20
         assert exact(done) == pytest.approx(exact(alone), rel=CLOSE)
@@ -167,7 +167,7 @@ class TestSameAsOneProcess:
         """The others work in a folder of their own, where nothing is read or written."""
         elsewhere = "if [ $MLX_RANK != 0 ]; then mkdir -p elsewhere/out; cd elsewhere; fi"
         job(4, elsewhere, **EIGHT | dict(iterations=14, checkpoint_every=7), out_dir="out").finish()
-        done = job(2, elsewhere, **EIGHT, out_dir="out", resume="auto", script=("-c", EXACT)).finish()
+        done = job(2, elsewhere, **EIGHT, out_dir="out", resume="auto", script=EXACT).finish()
         assert (done.code, done.err) == (0, "")
         assert exact(done) == pytest.approx(exact(alone)[14:], rel=CLOSE)
         assert done.score() == pytest.approx(alone.score(), rel=CLOSE)
@@ -214,7 +214,7 @@ class TestEndings:
 
     def test_rank_0_s_clock_ends_all(self, job):
         changes = FOR_EVER | dict(max_wallclock_seconds=1.0, warmdown_iters=50)
-        done = job(2, script=("-c", FAST_CLOCK), **changes).finish(60)
+        done = job(2, script=FAST_CLOCK, **changes).finish(60)
         assert (done.code, done.err) == (0, "")
         (stop,) = done.lines("^stopping_early: wallclock_cap")
         assert 1000 <= int(re.search(r"train_time:(\d+)ms", stop)[1]) < 100_000
@@ -237,7 +237,7 @@ class TestEndings:
         assert again.score() == pytest.approx(alone.score(), rel=CLOSE)
 
     def test_figures_of_the_dead_are_not_made_up(self, job):
-        done = job(2, script=("-c", DIES), **EIGHT).finish(60)
+        done = job(2, script=DIES, **EIGHT).finish(60)
         assert "error: " in done.err
         assert "Traceback" not in done.err
         assert not done.lines("val_loss|^final")

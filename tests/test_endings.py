@@ -15,7 +15,7 @@ import mlx.core as mx
 import pytest
 
 import train_gpt_mlx as tg
-from helpers import REPO, check_one_line_error, learnable_tokens, snapshot, write_shard
+from helpers import REPO, check_one_line_error, learnable_tokens, write_shard
 from runs import SCRIPT, Outcome, Process, command, environment
 
 pytestmark = pytest.mark.slow
@@ -38,14 +38,20 @@ def own_data(data, tmp_path) -> Path:
 
 @pytest.fixture
 def long_validation(own_data) -> dict:
-    """Settings with which a validation takes about a second: 750 batches of one sequence."""
-    write_shard(own_data / "fineweb_val_000000.bin", learnable_tokens(12_001, 320, 9))
+    """Settings with which a validation takes seconds: batches of one sequence."""
+    write_shard(own_data / "fineweb_val_000000.bin", learnable_tokens(30_001, 320, 9))
     return dict(data_path=own_data, val_batch_size=32)
 
 
 def read_message(process: Process) -> str:
     """What the first signal prints on stderr, as soon as it is there."""
     return b"".join(process.popen.stderr.readline() for _ in range(2)).decode()
+
+
+def fork(code: str) -> tuple[str, str]:
+    """A script in which this code changes the original, tg."""
+    start = f"import os, sys; sys.path.insert(0, {str(REPO)!r}); import train_gpt_mlx as tg\n"
+    return "-c", f"{start}{code}\nsys.exit(tg.command_line([]))"
 
 
 def assert_whole(done: Outcome) -> None:
@@ -70,8 +76,7 @@ class TestSignal:
         assert (done.code, done.err) == (0, "")
         step = len(done.losses())
         stages = [rf"step:{step}/.* train_loss", rf"checkpoint:.* step:{step}/", rf"step:{step}/.* val_loss"]
-        stages += [rf"stopping_early: interrupted train_time:\d+ms step:{step}/", "saved_model", "serialized_model"]
-        stages += ["final_int8_zlib_roundtrip_exact"]
+        stages += [rf"stopping_early: interrupted train_time:\d+ms step:{step}/", "saved_model", "final_.*_exact "]
         lines = [line for pattern in stages for line in done.lines(f"^{pattern}")]
         assert [line for line in done.out if line in lines] == lines
         assert len(lines) == len(stages)
@@ -132,7 +137,7 @@ class TestSignal:
         done = process.finish()
         assert (done.code, done.err, len(done.losses())) == (0, "", 30)
 
-    def test_that_also_ends_mlx_s_compiler_is_an_interruption(self, start, tmp_path):
+    def test_that_also_ends_the_compiler_is_an_interruption_all_the_same(self, start, tmp_path):
         """Ctrl-C goes to all processes of a terminal; this compiler stands for one that is at work then."""
         if tg.backend() != "cpu" or sys.platform != "linux":
             pytest.skip("MLX runs a compiler on Linux CPUs only")
@@ -140,29 +145,26 @@ class TestSignal:
         compiler.parent.mkdir()
         compiler.write_text("#!/bin/sh\n[ $1 = --version ] || kill -INT 0\n")
         compiler.chmod(0o755)
-        path = f"{compiler.parent}:{os.environ['PATH']}"
-        changes = dict(mlx_disable_compile=None, tmpdir=tmp_path, path=path)
+        changes = dict(mlx_disable_compile=None, tmpdir=tmp_path, path=f"{compiler.parent}:{os.environ['PATH']}")
         process = start(**FOR_EVER, **changes, options=dict(start_new_session=True))
         done = process.finish()
         assert done.code == 130
         check_one_line_error(done.err, "SIGINT", "no score")
 
     def test_handlers_are_put_back_and_another_thread_may_run_main(self, run):
-        code = f"""
-import os, signal, sys, threading
-sys.path.insert(0, {str(REPO)!r})
-import train_gpt_mlx
+        twice = """
+import signal, threading
 numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 before = [signal.getsignal(number) for number in numbers]
-train_gpt_mlx.main()
+tg.main()
 assert before == [signal.getsignal(number) for number in numbers]
-thread = threading.Thread(target=train_gpt_mlx.main)
+thread = threading.Thread(target=tg.main)
 thread.start()
 thread.join()
 sys.stdout.flush()
 os._exit(0)  # MLX aborts at the exit of a process in which a thread that is over used it
 """
-        done = run(script=("-c", code), iterations=0)
+        done = run(script=fork(twice), iterations=0)
         assert (done.code, done.err) == (0, "")
         assert len(done.lines("^final_int8_zlib_roundtrip_exact")) == 2
 
@@ -216,22 +218,18 @@ class TestNumbersThatAreNotFinite:
         [
             ("validate", "run.model['skip_weights']", {}),
             ("take_step", "run.optimizers.adam_scalar.state['skip_weights']['v']", dict(checkpoint_every=1)),
-            ("take_step", "run.optimizers.muon.buffers['blocks.0.mlp.fc.weight']", dict(checkpoint_every=1)),
         ],
-        ids=["weights", "adam", "muon"],
+        ids=["weights", "optimizer"],
     )
     def test_nor_is_what_no_loss_has_shown(self, run, after, where, changes):
-        code = f"""
-import sys; sys.path.insert(0, {str(REPO)!r})
-import train_gpt_mlx as tg
+        spoiling = f"""
 function = tg.{after}
 def spoiling(run, *args):
     function(run, *args)
     {where} = {where} / 0
 tg.{after} = spoiling
-sys.exit(tg.command_line([]))
 """
-        done = run(script=("-c", code), **changes)
+        done = run(script=fork(spoiling), **changes)
         assert done.code == 1
         check_one_line_error(done.err, "is not finite")
         assert done.files() == ["r.txt"]
@@ -269,36 +267,42 @@ class TestFullDisk:
         assert not any("step:60/" in line for line in done.log())
 
 
-def damage(path: Path, how: str) -> None:
-    tokens = tg.load_data_shard(path)
-    if how == "gone":
-        path.unlink()
-    elif how == "cut":
-        path.write_bytes(path.read_bytes()[:-1])
-    else:
-        tokens[300] = 333
-        write_shard(path, tokens)
-
-
-@pytest.mark.parametrize(
-    ("how", "message"),
-    [("gone", "No such file"), ("cut", "damaged"), ("with a bad id", "token 300 is 333, but VOCAB_SIZE=320")],
-)
-def test_data_damaged_during_the_run_costs_no_step(start, run, own_data, how, message):
+@pytest.mark.parametrize("how", ["No such file", "damaged", "token 300 is 333, but VOCAB_SIZE=320"])
+def test_data_damaged_during_the_run_costs_no_step(start, run, own_data, how):
     """The second shard is opened in the eighth step, and again in later epochs."""
-    path, settings = own_data / "fineweb_train_000001.bin", FOR_EVER | dict(data_path=own_data, warmup_steps=0)
-    before = snapshot(own_data)
+    path, other = own_data / "fineweb_train_000001.bin", own_data / "other"
+    whole, tokens = path.read_bytes(), tg.load_data_shard(path)
+    tokens[300] = 333
+    other.write_bytes(whole[:-1]) if how == "damaged" else write_shard(other, tokens)
+    settings = FOR_EVER | dict(data_path=own_data, warmup_steps=0)
     process = start(**settings)
     process.wait_for("^step:1/")
-    damage(path, how)
+    path.unlink() if how == "No such file" else other.replace(path)
     done = process.finish()
     assert done.code == 1
-    check_one_line_error(done.err, str(path), message)
+    check_one_line_error(done.err, str(path), how)
     assert done.err.rstrip() in done.log()
     step = len(done.losses())
     assert done.lines(f"^checkpoint:.* step:{step}/")
     assert done.files() == ["r.txt", "r_checkpoint.safetensors"]
-    path.write_bytes(before[path.name])
+    path.write_bytes(whole)
     settings["iterations"] = step + 2
-    again = run(**settings, resume="auto")
-    assert again.same_as_from(step + 1, run(**settings, run_id="whole"))
+    assert run(**settings, resume="auto").same_as_from(step + 1, run(**settings, run_id="whole"))
+
+
+def test_computation_that_fails_in_the_run_costs_no_step(run):
+    """As for want of memory: MLX is lazy, so that it shows when the new weights are asked for."""
+    failing = """
+evaluate, calls = tg.mx.eval, []
+def failing(*arrays):
+    calls.append(arrays)
+    if sum(len(each) == 2 and "blocks" in each[1] for each in calls) == 3:
+        tg.mx.eval = evaluate
+        raise RuntimeError("out of memory")
+    evaluate(*arrays)
+tg.mx.eval = failing
+"""
+    done = run(script=fork(failing))
+    assert (done.code, done.err) == (1, "error: out of memory\n")
+    again = run(resume="auto")
+    assert again.losses() == run(run_id="whole").losses()[-len(again.losses()) :]
