@@ -13,8 +13,8 @@
 The challenge asks for the best language model whose code and compressed weights fit in 16,000,000 bytes. This is the
 baseline for Macs; it also runs on Linux. Settings are environment variables: see `--help`.
 
-Sections 1 to 8 are the algorithm, in the order of the data. Sections 9 to 14 make it a run. A *batch*, the tokens of
-one optimizer step, is split into GRAD_ACCUM_STEPS *microbatches*, and those into *chunks* of at most
+Sections 1 to 8 are the algorithm, in the order of the data. Sections 9 to 14 turn it into a run. A *batch*, the tokens
+of one optimizer step, is split into GRAD_ACCUM_STEPS *microbatches*, and those into *chunks* of at most
 MLX_MAX_MICROBATCH_TOKENS tokens, the most in memory at once. Shapes read (batch, seq, dim).
 """
 
@@ -716,7 +716,7 @@ def loss_and_grad_chunked(
 
 # --- 7. Evaluation ---
 # In: a loss function and the validation tokens. Out: val_loss, nats per token, and the score: val_bpb, bits per byte.
-# To add a sliding window, change validation_batches, and the loss, which is the mean over all positions.
+# For a sliding window, change validation_batches, which the warmup also uses, and the loss, a mean over all positions.
 
 
 def validation_batches(args: Hyperparameters, val_tokens: np.ndarray) -> list[np.ndarray]:
@@ -957,7 +957,7 @@ def build_model(args: Hyperparameters) -> GPT:
 
 
 def read_validation(args: Hyperparameters) -> tuple[np.ndarray, tuple[np.ndarray, ...], str]:
-    """(tokens to score, byte tables, mark). The mark ends the lines of a score of VAL_MAX_TOKENS. Raises InputError."""
+    """(tokens to score, byte tables, what ends the lines of a score limited by VAL_MAX_TOKENS). Raises InputError."""
     path = args.tokenizer_path
     if not path.endswith(".model"):
         raise InputError(f"TOKENIZER_PATH={path}: must be a SentencePiece model, ending in .model")
@@ -1020,18 +1020,19 @@ class Run:
         """Log a line, on rank 0. Neither a full disk nor a closed terminal ends a run."""
         if self.log_file is None:
             return
+        self.status("")
         with contextlib.suppress(OSError):
             print(line, file=self.log_file, flush=True)
-        with contextlib.suppress(OSError):
-            self.status("")
-            if console:
+        if console:
+            with contextlib.suppress(OSError):
                 print(line, flush=True)
 
     def status(self, text: str) -> None:
         """Rewrite the last line of the terminal, if stderr is one."""
         if self.log_file is not None and sys.stderr.isatty():
-            columns = os.get_terminal_size(sys.stderr.fileno()).columns
-            print(f"\r\x1b[K{text[: columns - 1]}", end="", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):
+                columns = os.get_terminal_size(sys.stderr.fileno()).columns
+                print(f"\r\x1b[K{text[: columns - 1]}", end="", file=sys.stderr, flush=True)
 
     def require_finite(self, arrays: FlatParams) -> None:
         """Raise RunError if a number is not finite, before it is logged or saved."""
@@ -1279,7 +1280,7 @@ def watched(run: Run, function: Callable, total_tokens: int) -> Callable:
     started = time.perf_counter()
     tokens = 0
 
-    def call(x: mx.array, y: mx.array) -> Any:
+    def call(x: mx.array, *rest: mx.array) -> Any:
         nonlocal tokens
         now = time.perf_counter()
         done = tokens / total_tokens
@@ -1293,14 +1294,14 @@ def watched(run: Run, function: Callable, total_tokens: int) -> Callable:
             text += f"  loss {np.mean(run.losses[-20:]):.4f}"
         run.status(text)
         tokens += x.size * world().size()
-        return function(x, y)
+        return function(x, *rest)
 
     return call
 
 
 def warm_up(run: Run) -> None:
     """Make MLX compile and allocate what training and validation will use. Two chunks and a validation batch of each
-    size do. WARMUP_STEPS only says whether, and how many lines are logged."""
+    size are enough. WARMUP_STEPS only says whether, and how many lines are logged."""
     args, params, accum = run.args, dict(tree_flatten(run.model.parameters())), None
     if args.warmup_steps <= 0:
         return
@@ -1312,9 +1313,9 @@ def warm_up(run: Run) -> None:
         accum = accumulate_flat_grads(accum, grads, 0.5)
         mx.eval(loss, accum)
     mx.eval(SplitOptimizers(run.model, args).update(params, accum, step=0, lr_mul=1.0))
-    batches = {len(tokens): tokens for tokens in validation_batches(args, run.val_tokens)}
-    loss_alone = watched(run, run.compiled_loss, sum(batches))
-    for tokens in batches.values():
+    batch_of_size = {len(tokens): tokens for tokens in validation_batches(args, run.val_tokens)}
+    loss_alone = watched(run, run.compiled_loss, sum(batch_of_size))
+    for tokens in batch_of_size.values():
         mx.eval(loss_alone(*inputs_and_targets(tokens, args.train_seq_len)))
     for step in range(1, args.warmup_steps + 1):
         if args.warmup_steps <= 20 or step % 10 == 0 or step == args.warmup_steps:
@@ -1322,7 +1323,7 @@ def warm_up(run: Run) -> None:
 
 
 def is_over(run: Run) -> bool:
-    """Whether training ends before the next step. All ranks go by rank 0's clock, and end when one is asked to."""
+    """Whether training ends before the next step. All ranks go by rank 0's clock, and all stop if any is asked to."""
     ranks = gather(run.train_ms, run.signal != "")
     run.train_ms, run.is_stopping = float(ranks[0, 0]), bool(ranks[:, 1].any())
     is_capped = 0.0 < 1000.0 * run.args.max_wallclock_seconds <= run.train_ms
