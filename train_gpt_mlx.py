@@ -63,7 +63,7 @@ except ModuleNotFoundError as error:
 # --- 1. Settings ---
 # To add a setting, write its line: type, default of that type, meaning. It is then read from the environment and listed
 # by --help. If it only affects logging or evaluation, put it in RunSettings: a resumed run may change it. Numbers must
-# be at least 0 unless LIMITS (section 10) says otherwise.
+# be at least 0, unless LIMITS says otherwise.
 
 
 class InputError(ValueError):
@@ -156,6 +156,15 @@ class Hyperparameters(RunSettings):
         return ms_left / warmdown_ms if ms_left <= warmdown_ms else 1.0  # warmdown_ms is 0 before the first step
 
 
+AT_LEAST_1 = """train_batch_tokens grad_accum_steps train_seq_len mlx_max_microbatch_tokens val_batch_size vocab_size
+    num_layers model_dim num_heads num_kv_heads mlp_mult"""
+ANY_SIGN = "max_wallclock_seconds warmdown_iters grad_clip_norm qk_gain_init"
+LIMITS = {  # the least value, and the one to stay below; at least 0 for all others
+    **dict.fromkeys(AT_LEAST_1.split(), (1, 2**64)),
+    **dict.fromkeys(ANY_SIGN.split(), (-math.inf, math.inf)),
+    **dict.fromkeys(["beta1", "beta2"], (0, 1)),
+}
+
 CONTROL_NAMES = "attn_scale,attn_scales,mlp_scale,mlp_scales,resid_mix,resid_mixes,q_gain,skip_weight,skip_weights"
 
 
@@ -164,7 +173,7 @@ class ModuleSettings:
 
     # module constants
     compute_dtype: str = "auto"  # bfloat16, float32, or auto: bfloat16 on a GPU, else float32
-    mlx_preload_blas: bool = True  # Linux: use OpenBLAS if it is installed
+    mlx_preload_blas: str = "1"  # Linux: use OpenBLAS if it is installed
     control_tensor_name_patterns: str = CONTROL_NAMES  # block parameters that Adam trains, not Muon
     int8_keep_float_fp32_name_patterns: str = ""  # small tensors saved in float32; if unset, the same
 
@@ -572,6 +581,14 @@ class GPT(nn.Module):
         return total / targets.size
 
 
+def build_model(args: Hyperparameters) -> GPT:
+    """The seeded model."""
+    mx.random.seed(args.seed)
+    sizes = (args.vocab_size, args.num_layers, args.model_dim, args.num_heads, args.num_kv_heads, args.mlp_mult)
+    logits = (args.logit_chunk_tokens, args.logit_softcap)
+    return GPT(*sizes, *logits, args.rope_base, args.tied_embed_init_std, args.qk_gain_init)
+
+
 # --- 5. Optimizers ---
 # In: parameters and gradients, as flat dicts {"blocks.0.mlp.fc.weight": array, ...}. Out: new parameters. Muon trains
 # the matrices of the blocks, Adam the embedding and all vectors.
@@ -717,6 +734,30 @@ def loss_and_grad_chunked(
 # --- 7. Evaluation ---
 # In: a loss function and the validation tokens. Out: val_loss, nats per token, and the score: val_bpb, bits per byte.
 # For a sliding window, change validation_batches, which the warmup also uses, and the loss, a mean over all positions.
+
+
+def read_validation(args: Hyperparameters) -> tuple[np.ndarray, tuple[np.ndarray, ...], str]:
+    """(tokens to score, byte tables, what ends the lines of a score limited by VAL_MAX_TOKENS). Raises InputError."""
+    path = args.tokenizer_path
+    if not path.endswith(".model"):
+        raise InputError(f"TOKENIZER_PATH={path}: must be a SentencePiece model, ending in .model")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"TOKENIZER_PATH={path}: no such file ({HOW_TO_GET_DATA})")
+    try:
+        tokenizer = spm.SentencePieceProcessor(model_proto=Path(path).read_bytes())
+    except RuntimeError:
+        raise InputError(f"TOKENIZER_PATH={path}: not a SentencePiece model ({HOW_TO_GET_DATA})") from None
+    if tokenizer.vocab_size() != args.vocab_size:
+        raise InputError(f"VOCAB_SIZE={args.vocab_size}, but TOKENIZER_PATH={path} has {tokenizer.vocab_size()} pieces")
+    for shard in find_shards(args.val_files):
+        check_tokens(map_data_shard(shard), args.vocab_size, shard)
+    tokens = load_validation_tokens(args.val_files, args.train_seq_len)
+    mark = ""
+    if 0 < args.val_max_tokens < len(tokens) - 1:
+        num_tokens = max(args.val_max_tokens // args.train_seq_len, 1) * args.train_seq_len
+        mark = f" val_tokens:{num_tokens}/{len(tokens) - 1}"
+        tokens = tokens[: num_tokens + 1]
+    return tokens, build_sentencepiece_luts(tokenizer, args.vocab_size), mark
 
 
 def validation_batches(args: Hyperparameters, val_tokens: np.ndarray) -> list[np.ndarray]:
@@ -887,15 +928,6 @@ def from_rank_0(path: Path) -> bytes:
 
 # --- 10. Checks of the settings ---
 
-AT_LEAST_1 = """train_batch_tokens grad_accum_steps train_seq_len mlx_max_microbatch_tokens val_batch_size vocab_size
-    num_layers model_dim num_heads num_kv_heads mlp_mult"""
-ANY_SIGN = "max_wallclock_seconds warmdown_iters grad_clip_norm qk_gain_init"
-LIMITS = {  # the least value, and the one to stay below
-    **dict.fromkeys(AT_LEAST_1.split(), (1, 2**64)),
-    **dict.fromkeys(ANY_SIGN.split(), (-math.inf, math.inf)),
-    **dict.fromkeys(["beta1", "beta2"], (0, 1)),
-}
-
 
 def setting_problems(args: Hyperparameters) -> list[str]:
     """A line for each invalid setting, and for each variable whose name is almost a setting's."""
@@ -906,10 +938,11 @@ def setting_problems(args: Hyperparameters) -> list[str]:
         if not isinstance(value, str) and not least <= value < limit:
             allowed = f"below {limit}" if value >= limit else f"at least {least}"
             problems.append(f"{name.upper()}={value}: must be {allowed}")
-    for variable, allowed in (("COMPUTE_DTYPE", ("auto", "bfloat16", "float32")), ("MLX_PRELOAD_BLAS", ("0", "1"))):
-        value = os.environ.get(variable, allowed[0])
-        if value not in allowed:
-            problems.append(f"{variable}={value}: must be {' or '.join(allowed)}")
+    dtype = read_setting("compute_dtype", "auto")
+    if dtype not in ("auto", "bfloat16", "float32"):
+        problems.append(f"COMPUTE_DTYPE={dtype}: must be auto, bfloat16 or float32")
+    if read_setting("mlx_preload_blas", "1") not in ("0", "1"):
+        problems.append("MLX_PRELOAD_BLAS: must be 0 or 1")
     known = [name.upper() for name in (*dir(args), *settings_of(ModuleSettings), "train_max_seq_len")]
     for variable in sorted(os.environ.keys() - set(known)):
         for near in difflib.get_close_matches(variable.upper(), known, n=1, cutoff=0.905):
@@ -946,38 +979,6 @@ CODE_PATH = Path(__file__)
 
 class RunError(Exception):
     """Ends a run that is under way. The message says what failed."""
-
-
-def build_model(args: Hyperparameters) -> GPT:
-    """The seeded model."""
-    mx.random.seed(args.seed)
-    sizes = (args.vocab_size, args.num_layers, args.model_dim, args.num_heads, args.num_kv_heads, args.mlp_mult)
-    logits = (args.logit_chunk_tokens, args.logit_softcap)
-    return GPT(*sizes, *logits, args.rope_base, args.tied_embed_init_std, args.qk_gain_init)
-
-
-def read_validation(args: Hyperparameters) -> tuple[np.ndarray, tuple[np.ndarray, ...], str]:
-    """(tokens to score, byte tables, what ends the lines of a score limited by VAL_MAX_TOKENS). Raises InputError."""
-    path = args.tokenizer_path
-    if not path.endswith(".model"):
-        raise InputError(f"TOKENIZER_PATH={path}: must be a SentencePiece model, ending in .model")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"TOKENIZER_PATH={path}: no such file ({HOW_TO_GET_DATA})")
-    try:
-        tokenizer = spm.SentencePieceProcessor(model_proto=Path(path).read_bytes())
-    except RuntimeError:
-        raise InputError(f"TOKENIZER_PATH={path}: not a SentencePiece model ({HOW_TO_GET_DATA})") from None
-    if tokenizer.vocab_size() != args.vocab_size:
-        raise InputError(f"VOCAB_SIZE={args.vocab_size}, but TOKENIZER_PATH={path} has {tokenizer.vocab_size()} pieces")
-    for shard in find_shards(args.val_files):
-        check_tokens(map_data_shard(shard), args.vocab_size, shard)
-    tokens = load_validation_tokens(args.val_files, args.train_seq_len)
-    mark = ""
-    if 0 < args.val_max_tokens < len(tokens) - 1:
-        num_tokens = max(args.val_max_tokens // args.train_seq_len, 1) * args.train_seq_len
-        mark = f" val_tokens:{num_tokens}/{len(tokens) - 1}"
-        tokens = tokens[: num_tokens + 1]
-    return tokens, build_sentencepiece_luts(tokenizer, args.vocab_size), mark
 
 
 class Run:
@@ -1145,9 +1146,7 @@ def resume(run: Run) -> None:
             return  # rank 0 has none: start from the beginning
     content = from_rank_0(path)
     try:
-        data_start = 8 + int.from_bytes(
-            content[:8], "little"
-        )  # a safetensors file is a size, JSON of that size, and data
+        data_start = 8 + int.from_bytes(content[:8], "little")  # safetensors: a size, JSON of that size, data
         header = json.loads(content[8:data_start])
         about = json.loads(header.pop("__metadata__")["parameter_golf"])
         if len(content) != data_start + max(entry["data_offsets"][1] for entry in header.values()):
@@ -1163,8 +1162,7 @@ def resume(run: Run) -> None:
         raise InputError(f"RESUME={path}: checkpoint does not match: {'; '.join(changes)}")
     set_training_state(run, mx.load(io.BytesIO(content), format="safetensors"))
     run.step = run.saved_step = about["step"]
-    run.train_ms = about["train_ms"]
-    run.position = about["position"]
+    run.train_ms, run.position = about["train_ms"], about["position"]
 
 
 # --- 13. Interruption ---
@@ -1271,19 +1269,16 @@ overrides:{overrides(args)}"""
         has_openblas = hasattr(ctypes.CDLL(None), "openblas_get_config")
         slow = "reference (slow: `apt-get install libopenblas0-pthread`, and import this script before mlx)"
         text += f"\ncpu_blas:{'openblas' if has_openblas else slow}"
-    for line in text.splitlines():
-        run.log(line)
+    run.log(text)
 
 
 def watched(run: Run, function: Callable, total_tokens: int) -> Callable:
     """`function`, with a status line before each call."""
-    started = time.perf_counter()
-    tokens = 0
+    started, tokens = time.perf_counter(), 0
 
     def call(x: mx.array, *rest: mx.array) -> Any:
         nonlocal tokens
-        now = time.perf_counter()
-        done = tokens / total_tokens
+        now, done = time.perf_counter(), tokens / total_tokens
         if run.stage == "training" and run.args.max_wallclock_seconds > 0:
             done = max(done, (run.train_ms / 1000.0 + now - run.step_started) / run.args.max_wallclock_seconds)
         text = f"{run.stage} {done:.1%}"
@@ -1303,7 +1298,7 @@ def warm_up(run: Run) -> None:
     """Make MLX compile and allocate what training and validation will use. Two chunks and a validation batch of each
     size are enough. WARMUP_STEPS only says whether, and how many lines are logged."""
     args, params, accum = run.args, dict(tree_flatten(run.model.parameters())), None
-    if args.warmup_steps <= 0:
+    if args.warmup_steps == 0:
         return
     sizes = token_chunks(args.microbatch_tokens, args.train_seq_len, args.mlx_max_microbatch_tokens)
     loader = TokenLoader(args.train_files, vocab_size=args.vocab_size)  # a throwaway copy, as are the optimizers
@@ -1430,8 +1425,7 @@ def score(run: Run) -> None:
     val_loss, val_bpb = evaluate(run, "scoring")
     now = time.perf_counter()
     name = "final_int8_zlib_roundtrip"
-    ms = f"eval_time:{1000 * (now - started):.0f}ms"
-    run.log(f"{name} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} {ms}{run.mark}")
+    run.log(f"{name} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} eval_time:{1000 * (now - started):.0f}ms{run.mark}")
     run.log(f"{name}_exact val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f}{run.mark}")
     minutes = f"{(now - run.started) / 60:.1f} minutes"
     run.log(f"finished: {val_bpb:.4f} bits per byte{run.mark}, {run.submission}, {minutes}, log: {run.log_path}")
@@ -1475,10 +1469,10 @@ def command_line(arguments: list[str]) -> int:
     try:
         if arguments in (["--help"], ["-h"]):
             print(help_text())
-            return 0
-        if arguments:
+        elif arguments:
             raise InputError(f"{' '.join(arguments)}: settings are environment variables, as in SEED=7; see --help")
-        main()
+        else:
+            main()
         return 0
     except (InputError, OSError, NotImplementedError, RuntimeError, RunError, KeyboardInterrupt) as error:
         for line in (str(error) or "interrupted").splitlines():
