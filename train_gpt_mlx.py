@@ -941,8 +941,9 @@ def setting_problems(args: Hyperparameters) -> list[str]:
     dtype = read_setting("compute_dtype", "auto")
     if dtype not in ("auto", "bfloat16", "float32"):
         problems.append(f"COMPUTE_DTYPE={dtype}: must be auto, bfloat16 or float32")
-    if read_setting("mlx_preload_blas", "1") not in ("0", "1"):
-        problems.append("MLX_PRELOAD_BLAS: must be 0 or 1")
+    preload = read_setting("mlx_preload_blas", "1")
+    if preload not in ("0", "1"):
+        problems.append(f"MLX_PRELOAD_BLAS={preload}: must be 0 or 1")
     known = [name.upper() for name in (*dir(args), *settings_of(ModuleSettings), "train_max_seq_len")]
     for variable in sorted(os.environ.keys() - set(known)):
         for near in difflib.get_close_matches(variable.upper(), known, n=1, cutoff=0.905):
@@ -1269,7 +1270,8 @@ overrides:{overrides(args)}"""
         has_openblas = hasattr(ctypes.CDLL(None), "openblas_get_config")
         slow = "reference (slow: `apt-get install libopenblas0-pthread`, and import this script before mlx)"
         text += f"\ncpu_blas:{'openblas' if has_openblas else slow}"
-    run.log(text)
+    for line in text.splitlines():
+        run.log(line)
 
 
 def watched(run: Run, function: Callable, total_tokens: int) -> Callable:

@@ -40,7 +40,7 @@ SEED={2**64}: must be below
 MATRIX_LR=nan: must be at least 0
 BETA1=1.0: must be below 1
 LOGIT_SOFTCAP=0.0: must be above 0
-COMPUTE_DTYPE=fp16: must be auto or bfloat16 or float32
+COMPUTE_DTYPE=fp16: must be auto, bfloat16 or float32
 MLX_PRELOAD_BLAS=yes: must be 0 or 1"""
 
 
