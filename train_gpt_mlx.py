@@ -150,7 +150,9 @@ class Hyperparameters(RunSettings):
             return 1.0
         if self.max_wallclock_seconds <= 0:
             steps_left = self.iterations - step
-            return min(steps_left / self.warmdown_iters, 1.0) if steps_left > 0 else 1.0  # 1.0 after the end, as ever
+            return (
+                min(steps_left / self.warmdown_iters, 1.0) if steps_left > 0 else 1.0
+            )  # 1.0 after the end, as in the original
         ms_left = max(1000.0 * self.max_wallclock_seconds - elapsed_ms, 0.0)
         warmdown_ms = self.warmdown_iters * (elapsed_ms / max(step, 1))
         return ms_left / warmdown_ms if ms_left <= warmdown_ms else 1.0  # warmdown_ms is 0 before the first step
@@ -192,7 +194,9 @@ def read_setting(name: str, default: Any) -> Any:
     if text is None:
         return default
     try:
-        return {"0": False, "1": True}[text] if isinstance(default, bool) else type(default)(text)
+        if isinstance(default, bool):
+            return {"0": False, "1": True}[text]
+        return type(default)(text)
     except (KeyError, ValueError):
         kind = {bool: "0 or 1", int: "a whole number", float: "a number"}[type(default)]
         raise InputError(f"{variable}={text}: must be {kind}") from None
@@ -253,7 +257,7 @@ def check_tokens(tokens: np.ndarray, vocab_size: int, path: str, start: int = 0)
         raise InputError(f"{path}: has no tokens: remove it")
     if tokens.max() >= vocab_size:
         i = int(np.argmax(tokens >= vocab_size))
-        raise InputError(f"{path}: token {start + i} is {tokens[i]}, but VOCAB_SIZE={vocab_size}: fetch it again")
+        raise InputError(f"{path}: token {start + i} is {tokens[i]}: not below VOCAB_SIZE={vocab_size}")
 
 
 class TokenStream:
@@ -361,8 +365,7 @@ def build_sentencepiece_luts(sp: spm.SentencePieceProcessor, vocab_size: int) ->
     Boundaries are tokens without text, such as beginning of document."""
     size = max(sp.vocab_size(), vocab_size)
     base_bytes = np.zeros(size, dtype=np.int16)
-    has_leading_space = np.zeros(size, dtype=bool)
-    is_boundary = np.ones(size, dtype=bool)
+    has_leading_space, is_boundary = np.zeros(size, dtype=bool), np.ones(size, dtype=bool)
     for token_id in range(sp.vocab_size()):
         if sp.is_control(token_id) or sp.is_unknown(token_id) or sp.is_unused(token_id):
             continue
@@ -408,7 +411,7 @@ def softmax_attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx
     """Causal attention for Linux CPUs, where MLX has no fused kernel. q holds the last num_queries positions of k."""
     batch, num_heads, num_queries, head_dim = q.shape
     num_kv_heads, num_keys = k.shape[1:3]
-    q = (q * scale).reshape(batch, num_kv_heads, -1, head_dim)  # heads that share keys are rows of one product
+    q = (q * scale).reshape(batch, num_kv_heads, -1, head_dim)  # query heads that share keys are rows of one product
     scores = (q @ k.swapaxes(-1, -2)).reshape(batch, num_heads, num_queries, num_keys).astype(mx.float32)
     is_visible = mx.arange(num_keys - num_queries, num_keys)[:, None] >= mx.arange(num_keys)
     scores = mx.where(is_visible, scores, -mx.inf)
@@ -571,7 +574,8 @@ class GPT(nn.Module):
     def loss(self, input_ids: mx.array, target_ids: mx.array) -> mx.array:
         """Mean cross-entropy in nats, a float32 scalar, for ids (batch, seq). The logits (tokens, vocab_size) are the
         largest array. logit_chunk_tokens > 0 computes them in parts."""
-        x, targets = self(input_ids).reshape(target_ids.size, -1), target_ids.reshape(-1)
+        targets = target_ids.reshape(-1)
+        x = self(input_ids).reshape(targets.size, -1)
         chunk = self.logit_chunk_tokens if self.logit_chunk_tokens > 0 else targets.size
         total = mx.array(0.0)
         for start in range(0, targets.size, chunk):
@@ -619,17 +623,16 @@ class Muon:
 
     def step(self, params: FlatParams, grads: FlatParams, step: int, lr_mul: float) -> FlatParams:
         """New values of this optimizer's parameters. `step` counts from 0."""
-        args = self.args
-        updated = {}
-        warm = min(step / args.muon_momentum_warmup_steps, 1.0) if args.muon_momentum_warmup_steps > 0 else 1.0
-        momentum = (1.0 - warm) * args.muon_momentum_warmup_start + warm * args.muon_momentum
+        args, updated = self.args, {}
+        warmed = min(step / args.muon_momentum_warmup_steps, 1.0) if args.muon_momentum_warmup_steps > 0 else 1.0
+        momentum = (1.0 - warmed) * args.muon_momentum_warmup_start + warmed * args.muon_momentum
         for key in self.keys:
             param, grad = params[key], grads[key]
             self.buffers[key] = momentum * self.buffers[key] + grad
             update = zeropower_newtonschulz5(grad + momentum * self.buffers[key], args.muon_backend_steps)
             # All singular values are 1, so a tall matrix's update is small beside its many rows: make up for that.
             rate = args.matrix_lr * lr_mul * math.sqrt(max(1.0, param.shape[0] / param.shape[1]))
-            updated[key] = param - (rate * update.astype(param.dtype)).astype(param.dtype)
+            updated[key] = param - rate * update.astype(param.dtype)
         return updated
 
 
@@ -638,7 +641,8 @@ class SplitOptimizers:
 
     def __init__(self, model: GPT, args: Hyperparameters) -> None:
         self.args = args
-        self.embed_key, self.matrix_keys, self.scalar_keys = "tok_emb.weight", [], []
+        self.embed_key = "tok_emb.weight"
+        self.matrix_keys, self.scalar_keys = [], []
         params = dict(tree_flatten(model.parameters()))
         for key, param in params.items():
             is_in_block = key.startswith("blocks.")
@@ -678,9 +682,7 @@ def clip_grad_tree(grads_tree: dict, max_norm: float) -> dict:
         return grads_tree
     leaves = [np.array(grad.astype(mx.float32)) for _, grad in tree_flatten(grads_tree)]
     norm = math.sqrt(sum(np.sum(np.square(leaf), dtype=np.float64) for leaf in leaves))
-    if norm <= max_norm:
-        return grads_tree
-    scale = max_norm / (norm + 1e-12)
+    scale = min(max_norm / (norm + 1e-12), 1.0)
     return tree_map(lambda grad: (grad * scale).astype(grad.dtype), grads_tree)
 
 
@@ -723,9 +725,10 @@ def loss_and_grad_chunked(
             chunk_loss, grads = compiled_loss_and_grad(*train_loader.next_batch(size, args.train_seq_len))
             share = size / sum(sizes) / (microbatches // world().size())
             accum = accumulate_flat_grads(accum, grads, share)
-            previous, loss = loss, loss + chunk_loss.astype(mx.float32) * share
-            del chunk_loss, grads  # would hold memory
-            if args.mlx_eager_eval:  # the lazy graph would hold every chunk's activations
+            previous = loss
+            loss = loss + chunk_loss.astype(mx.float32) * share
+            del chunk_loss, grads  # frees memory
+            if args.mlx_eager_eval:  # else the lazy graph holds every chunk's activations
                 mx.eval(previous)
                 mx.async_eval(loss, accum)
     return average_over_ranks(loss, tree_unflatten(list(accum.items())))
@@ -736,8 +739,8 @@ def loss_and_grad_chunked(
 # For a sliding window, change validation_batches, which the warmup also uses, and the loss, a mean over all positions.
 
 
-def read_validation(args: Hyperparameters) -> tuple[np.ndarray, tuple[np.ndarray, ...], str]:
-    """(tokens to score, byte tables, what ends the lines of a score limited by VAL_MAX_TOKENS). Raises InputError."""
+def read_validation(args: Hyperparameters) -> tuple[np.ndarray, int, tuple[np.ndarray, ...]]:
+    """(tokens to score, how many there are without VAL_MAX_TOKENS, byte tables). Raises InputError."""
     path = args.tokenizer_path
     if not path.endswith(".model"):
         raise InputError(f"TOKENIZER_PATH={path}: must be a SentencePiece model, ending in .model")
@@ -752,12 +755,10 @@ def read_validation(args: Hyperparameters) -> tuple[np.ndarray, tuple[np.ndarray
     for shard in find_shards(args.val_files):
         check_tokens(map_data_shard(shard), args.vocab_size, shard)
     tokens = load_validation_tokens(args.val_files, args.train_seq_len)
-    mark = ""
-    if 0 < args.val_max_tokens < len(tokens) - 1:
-        num_tokens = max(args.val_max_tokens // args.train_seq_len, 1) * args.train_seq_len
-        mark = f" val_tokens:{num_tokens}/{len(tokens) - 1}"
-        tokens = tokens[: num_tokens + 1]
-    return tokens, build_sentencepiece_luts(tokenizer, args.vocab_size), mark
+    num_scored = len(tokens) - 1
+    if 0 < args.val_max_tokens < num_scored:
+        num_scored = max(args.val_max_tokens // args.train_seq_len, 1) * args.train_seq_len
+    return tokens[: num_scored + 1], len(tokens) - 1, build_sentencepiece_luts(tokenizer, args.vocab_size)
 
 
 def validation_batches(args: Hyperparameters, val_tokens: np.ndarray) -> list[np.ndarray]:
@@ -802,11 +803,13 @@ def eval_val(
 # In: the model's flat state. Out: NumPy arrays, int8 if they are large, in a format shared with others, and back.
 
 INT8_MAX = np.float32(127.0)
-INT8_ROW_SCALE_FLOOR = np.float32(1.0 / 127.0)  # coarse for small weights, but part of the format
+INT8_ROW_SCALE_FLOOR = np.float32(
+    1.0 / 127.0
+)  # part of the format; coarse for small weights, so fewer levels need a lower one
 INT8_KEEP_FLOAT_MAX_NUMEL = 65536  # smaller tensors stay floating: they cost few bytes and suffer most
 INT8_KEEP_FLOAT_STORE_DTYPE = np.float16
 INT8_PER_ROW_SCALE_DTYPE = np.float16
-INT8_CLIP_PERCENTILE = 99.99984  # of the magnitudes: a few outliers must not coarsen all the others
+INT8_CLIP_PERCENTILE = 99.99984  # of the magnitudes, so that a few outliers do not coarsen the rest
 INT8_CLIP_Q = INT8_CLIP_PERCENTILE / 100.0
 
 
@@ -910,7 +913,7 @@ def average_over_ranks(loss: mx.array, grads: dict) -> tuple[mx.array, dict]:
     if world().size() == 1:
         return loss, grads
     mx.eval(loss, grads)
-    with mx.stream(mx.cpu):  # macOS may end work on the GPU that waits for seconds, as for a slower rank
+    with mx.stream(mx.cpu):  # macOS may kill GPU work that waits for seconds, as for a slower rank
         own = tree_map(lambda array: array.astype(mx.float32), [loss, grads])
         loss, means = nn.average_gradients(own, communication_stream=mx.cpu)
         mx.eval(loss, means)
@@ -988,14 +991,17 @@ class Run:
     def __init__(self, args: Hyperparameters) -> None:
         self.args = args
         self.started = time.perf_counter()
-        self.val_tokens, self.byte_tables, self.mark = read_validation(args)
+        self.val_tokens, self.num_val_tokens, self.byte_tables = read_validation(args)
+        num_scored, self.mark = len(self.val_tokens) - 1, ""  # the mark ends the lines of a score of fewer tokens
+        if num_scored < self.num_val_tokens:
+            self.mark = f" val_tokens:{num_scored}/{self.num_val_tokens}"
         self.dataset = validate_dataset_tokenizer_pair(args.data_path, args.tokenizer_path)
         self.data_checksum = zlib.crc32(np.stack(self.byte_tables))
         for path in find_shards(args.train_files) + find_shards(args.val_files):
             tokens = map_data_shard(path)
             check_tokens(tokens[:100_000], args.vocab_size, path)  # later ones are checked when they are used
             self.data_checksum = zlib.crc32(tokens[:100_000], self.data_checksum + len(tokens))
-        if backend() == "metal":  # so that macOS leaves the arrays in memory
+        if backend() == "metal":  # keeps the arrays resident
             mx.set_wired_limit(mx.device_info()["max_recommended_working_set_size"])
         self.model = build_model(args)
         self.optimizers = SplitOptimizers(self.model, args)
@@ -1009,12 +1015,12 @@ class Run:
         self.artifact_path = Path(args.out_dir, f"{args.run_id}_mlx_model.int8.ptz")
         self.log_file = None
         self.step = 0
-        self.saved_step = 0  # the last one that is on the disk
+        self.saved_step = 0  # the last one checkpointed or saved
         self.train_ms = self.step_started = 0.0
         self.position = (0, 0, 1)  # of the token stream: file_idx, pos, epoch
         self.losses: list[float] = []
         self.submission = ""  # size of script and model
-        self.stage = "warmup"  # then training, validation, scoring
+        self.stage = "warmup"  # then training, validation, scoring, ending
         self.signal = ""  # the signal that asked the run to end
         self.is_stopping = False  # whether a signal ended training
 
@@ -1121,7 +1127,7 @@ def result_settings(run: Run) -> dict[str, str]:
 
 
 def write_checkpoint(run: Run) -> None:
-    """Write what it takes to continue as if nothing had happened. A full disk is a warning: the model may still fit."""
+    """Write what it takes to continue exactly. A full disk is only a warning: the model may still fit."""
     if run.step == run.saved_step:
         return
     run.saved_step = run.step
@@ -1172,16 +1178,16 @@ def resume(run: Run) -> None:
 @contextlib.contextmanager
 def stop_signals(run: Run) -> Iterator[None]:
     """The first SIGINT, SIGTERM or SIGHUP ends training after the step under way, and any other stage with a
-    KeyboardInterrupt. Another SIGINT or SIGTERM ends the process at once. What is ignored, as under nohup, stays so."""
+    KeyboardInterrupt. Another SIGINT or SIGTERM ends the process at once. What nohup ignores stays ignored."""
     before = {}
 
     def stop(number: int, frame: Any) -> None:
         run.signal = signal.Signals(number).name
         for other in before:  # a closing terminal may send SIGHUP several times
             signal.signal(other, signal.SIG_IGN if other == signal.SIGHUP else signal.SIG_DFL)
-        if run.stage != "training":
+        if run.stage not in ("training", "ending"):
             raise KeyboardInterrupt(f"interrupted by {run.signal} during {run.stage}: no score")
-        text = f"\n{run.signal}: training ends after this step, to be saved and scored. Once more ends it at once.\n"
+        text = f"\n{run.signal}: training ends after this step, is saved and scored. Send it again to stop at once.\n"
         with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(2, text.encode())  # not print(), which could be under way
 
@@ -1189,7 +1195,6 @@ def stop_signals(run: Run) -> Iterator[None]:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:
                 before[number] = signal.signal(number, stop)
-                signal.siginterrupt(number, False)  # system calls of MLX and its compiler go on
     try:
         yield
     finally:
@@ -1199,14 +1204,16 @@ def stop_signals(run: Run) -> Iterator[None]:
 
 @contextlib.contextmanager
 def progress_kept(run: Run) -> Iterator[None]:
-    """Log what ends the run early, and write a checkpoint. Raises RunError or KeyboardInterrupt."""
+    """Log the error that ends the run early, and write a checkpoint. Raises RunError or KeyboardInterrupt."""
     try:
         yield
     except (RunError, KeyboardInterrupt, InputError, OSError, RuntimeError) as error:  # the last one is MLX's
+        run.stage = "ending"  # so that a signal does not interrupt the checkpoint
         run.log(f"error: {error}", console=False)
-        if isinstance(error, RunError):
+        if not isinstance(error, RunError):
+            write_checkpoint(run)
+        if isinstance(error, (RunError, KeyboardInterrupt)):
             raise
-        write_checkpoint(run)
         if run.signal != "":  # Ctrl-C may also end the compiler that MLX runs, a RuntimeError
             raise KeyboardInterrupt(f"interrupted by {run.signal}: no score") from None
         raise RunError(str(error)) from None
@@ -1234,17 +1241,17 @@ def log_configuration(run: Run) -> None:
     """Log what will run. Other people's scripts parse these lines: add fields, but change none."""
     args, params = run.args, dict(tree_flatten(run.model.parameters()))
     name, present, expected = run.dataset
-    loader = f"train_loader:dataset:{name} train_shards:{present}"
+    shards = f"dataset:{name} train_shards:{present}"
     if expected is not None:
-        loader += f"/{expected}"
-        if present < expected:
-            loader = loader.replace("train_loader:", "WARNING: train_loader:subset ")
-            loader += " new epochs will arrive sooner than the full dataset"
+        shards += f"/{expected}"
+    loader = f"train_loader:{shards}"
+    if expected is not None and present < expected:
+        loader = f"WARNING: train_loader:subset {shards} new epochs will arrive sooner than the full dataset"
     text = f"""\
 run_id:{args.run_id}
 mlx_version:{mx.__version__}
 train_loader:shards pattern={args.train_files}
-val_loader:shards pattern={args.val_files} tokens:{len(run.val_tokens) - 1}
+val_loader:shards pattern={args.val_files} tokens:{run.num_val_tokens}
 {loader}
 tokenizer_path:{args.tokenizer_path}
 model_params:{sum(param.size for param in params.values())} vocab_size:{args.vocab_size} layers:{args.num_layers} \
@@ -1320,7 +1327,7 @@ def warm_up(run: Run) -> None:
 
 
 def is_over(run: Run) -> bool:
-    """Whether training ends before the next step. All ranks go by rank 0's clock, and all stop if any is asked to."""
+    """Whether training ends before the next step. All ranks use rank 0's clock, and all stop if any is asked to."""
     ranks = gather(run.train_ms, run.signal != "")
     run.train_ms, run.is_stopping = float(ranks[0, 0]), bool(ranks[:, 1].any())
     is_capped = 0.0 < 1000.0 * run.args.max_wallclock_seconds <= run.train_ms
@@ -1329,7 +1336,8 @@ def is_over(run: Run) -> bool:
 
 def train(run: Run) -> None:
     """Train until ITERATIONS, the wallclock cap or a signal. Only steps are on the clock."""
-    args, run.stage = run.args, "training"
+    args = run.args
+    run.stage = "training"
     loader = TokenLoader(args.train_files, run.log, run.dataset[0], args.vocab_size)
     loader.stream.seek(*run.position)
     tokens_left = (args.iterations - run.step) * args.train_batch_tokens
@@ -1356,7 +1364,7 @@ def take_step(run: Run, loader: TokenLoader, loss_and_grad: LossAndGrad) -> None
     run.step_started = time.perf_counter()
     loss, grads = loss_and_grad_chunked(args, loader, loss_and_grad, args.grad_accum_steps)
     run.optimizers.step(run.model, clip_grad_tree(grads, args.grad_clip_norm), run.step, lr_mul)
-    del grads  # would hold memory
+    del grads  # frees memory
     run.step += 1  # not after eval(): if that fails, the checkpoint has the new weights
     run.position = (stream.file_idx, stream.pos, stream.epoch)
     mx.eval(loss, run.model.parameters())
@@ -1403,15 +1411,13 @@ def save(run: Run) -> None:
     raw = pickle.dumps(quant_obj, protocol=pickle.HIGHEST_PROTOCOL)
     with whole_file(run.artifact_path) as file:
         file.write(zlib.compress(raw, level=9))
-    model_bytes = run.artifact_path.stat().st_size
-    payload = stats["int8_payload_bytes"]
+    model_bytes, code_bytes = run.artifact_path.stat().st_size, CODE_PATH.stat().st_size
+    payload, quantized = stats["int8_payload_bytes"], stats["num_float_tensors"]
     sizes = f"payload:{payload} raw_pickle:{len(raw)} payload_ratio:{stats['baseline_tensor_bytes'] / payload:.2f}x"
     run.log(f"serialized_model_int8_zlib:{model_bytes} bytes ({sizes})")
-    quantized = stats["num_float_tensors"]
     run.log(f"int8_tensors:{quantized} float_tensors:{stats['num_tensors'] - quantized}")
     if quantized == 0:
         run.log(f"WARNING: nothing is quantized: no tensor has over {INT8_KEEP_FLOAT_MAX_NUMEL} elements")
-    code_bytes = CODE_PATH.stat().st_size
     room = SUBMISSION_CAP_BYTES - code_bytes - model_bytes
     cap = f"{abs(room)} {'under' if room >= 0 else 'OVER'} the cap of {SUBMISSION_CAP_BYTES} bytes"
     run.submission = f"{code_bytes + model_bytes} bytes ({cap})"
@@ -1423,10 +1429,9 @@ def score(run: Run) -> None:
     """Read the compressed model back from its file and validate it: that is the run's score."""
     quant_obj = pickle.loads(zlib.decompress(from_rank_0(run.artifact_path)))
     run.model.update(tree_unflatten(list(dequantize_state_dict_int8(quant_obj).items())))
-    started = time.perf_counter()
+    started, name = time.perf_counter(), "final_int8_zlib_roundtrip"
     val_loss, val_bpb = evaluate(run, "scoring")
     now = time.perf_counter()
-    name = "final_int8_zlib_roundtrip"
     run.log(f"{name} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} eval_time:{1000 * (now - started):.0f}ms{run.mark}")
     run.log(f"{name}_exact val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f}{run.mark}")
     minutes = f"{(now - run.started) / 60:.1f} minutes"

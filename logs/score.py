@@ -121,16 +121,17 @@ def score(path: Path, script_path: Path) -> None:
     script = import_script(script_path, log)
     args = script.Hyperparameters()
     script.check_settings(args)
-    val_tokens, byte_tables, mark = script.read_validation(args)
+    val_tokens, num_tokens, byte_tables = script.read_validation(args)
     model = script.build_model(args)
     state = read_model(script, path, dict(script.tree_flatten(model.state)))
     model.update(script.tree_unflatten(list(state.items())))
     compiled_loss = script.mx.compile(model.loss, inputs=model.state, outputs=model.state)
-    started = time.perf_counter()
+    started, num_scored = time.perf_counter(), len(val_tokens) - 1
     val_loss, val_bpb = script.eval_val(args, compiled_loss, val_tokens, *byte_tables)
     eval_ms = 1000 * (time.perf_counter() - started)
     require(val_loss < float("inf"), f"val_loss is {val_loss}")
     name = "final_npz" if path.suffix == ".npz" else "final_int8_zlib_roundtrip"
+    mark = f" val_tokens:{num_scored}/{num_tokens}" if num_scored < num_tokens else ""
     print(f"{name} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} eval_time:{eval_ms:.0f}ms{mark}")
     print(f"{name}_exact val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f}{mark}")
 

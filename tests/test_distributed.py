@@ -237,11 +237,11 @@ class TestEndings:
         assert again.score() == pytest.approx(alone.score(), rel=CLOSE)
 
     def test_figures_of_the_dead_are_not_made_up(self, job):
+        """How far rank 0 gets before the launcher ends it too is a matter of luck."""
         done = job(2, script=DIES, **EIGHT).finish(60)
-        assert "error: " in done.err
         assert "Traceback" not in done.err
         assert not done.lines("val_loss|^final")
-        assert done.files() == ["r.txt", "r_checkpoint.safetensors"]
+        assert not {"r_mlx_model.npz", "r_mlx_model.int8.ptz"} & set(done.files())
 
     def test_loss_that_is_not_finite(self, job):
         done = job(2, **EIGHT | dict(matrix_lr=1e19, scalar_lr=1e19)).finish(60)

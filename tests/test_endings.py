@@ -267,7 +267,7 @@ class TestFullDisk:
         assert not any("step:60/" in line for line in done.log())
 
 
-@pytest.mark.parametrize("how", ["No such file", "damaged", "token 300 is 333, but VOCAB_SIZE=320"])
+@pytest.mark.parametrize("how", ["No such file", "damaged", "token 300 is 333: not below VOCAB_SIZE=320"])
 def test_data_damaged_during_the_run_costs_no_step(start, run, own_data, how):
     """The second shard is opened in the eighth step, and again in later epochs."""
     path, other = own_data / "fineweb_train_000001.bin", own_data / "other"
