@@ -188,6 +188,7 @@ def test_a_quick_look_marks_every_figure(run):
     done = run(val_max_tokens=100, val_loss_every=2)
     assert [line.split()[-1] for line in done.lines("val_bpb:[0-9]")] == ["val_tokens:96/400"] * 5
     assert re.match(r"finished: \S+ bits per byte val_tokens:96/400, ", done.out[-1])
+    assert done.lines("^val_loader:.* tokens:400$")
     assert not run(val_max_tokens=400).lines("val_tokens:")
 
 
