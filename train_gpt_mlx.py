@@ -2,8 +2,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "mlx>=0.32.1; sys_platform == 'darwin'",
-#     "mlx[cpu]>=0.32.1; sys_platform == 'linux'",
+#     "mlx>=0.32.4; sys_platform == 'darwin'",
+#     "mlx[cpu]>=0.32.4; sys_platform == 'linux'",
 #     "numpy>=2.0",
 #     "sentencepiece>=0.2.0",
 # ]
