@@ -149,10 +149,9 @@ class Hyperparameters(RunSettings):
         if self.warmdown_iters <= 0:
             return 1.0
         if self.max_wallclock_seconds <= 0:
-            steps_left = self.iterations - step
-            return (
-                min(steps_left / self.warmdown_iters, 1.0) if steps_left > 0 else 1.0
-            )  # 1.0 after the end, as in the original
+            if step >= self.iterations:  # never reached in a run
+                return 1.0
+            return min((self.iterations - step) / self.warmdown_iters, 1.0)
         ms_left = max(1000.0 * self.max_wallclock_seconds - elapsed_ms, 0.0)
         warmdown_ms = self.warmdown_iters * (elapsed_ms / max(step, 1))
         return ms_left / warmdown_ms if ms_left <= warmdown_ms else 1.0  # warmdown_ms is 0 before the first step
@@ -1020,7 +1019,7 @@ class Run:
         self.position = (0, 0, 1)  # of the token stream: file_idx, pos, epoch
         self.losses: list[float] = []
         self.submission = ""  # size of script and model
-        self.stage = "warmup"  # then training, validation, scoring, ending
+        self.stage = "warmup"  # then training, validation, saving, scoring, ending
         self.signal = ""  # the signal that asked the run to end
         self.is_stopping = False  # whether a signal ended training
 
@@ -1396,6 +1395,7 @@ def validate(run: Run) -> None:
 
 def save(run: Run) -> None:
     """Write the weights as they are (.npz) and compressed (.int8.ptz)."""
+    run.stage = "saving"
     flat_state = dict(tree_flatten(run.model.state))
     run.require_finite(flat_state)
     quant_obj, stats = quantize_state_dict_int8(flat_state)
