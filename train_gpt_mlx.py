@@ -5,7 +5,7 @@
 #     "mlx>=0.32.4; sys_platform == 'darwin'",
 #     "mlx[cpu]>=0.32.4; sys_platform == 'linux'",
 #     "numpy>=2.0",
-#     "sentencepiece>=0.2.0",
+#     "sentencepiece>=0.2.2",
 # ]
 # ///
 """Parameter Golf on Apple Silicon: train a small GPT, compress it, and score the result in bits per byte.

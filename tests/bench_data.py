@@ -31,18 +31,20 @@ def encoder_alone(tokenizer: spm.SentencePieceProcessor, documents: list[str], k
     """Seconds; the call that gives arrays is in newer versions only."""
     encode = tokenizer.encode_as_numpy if kind == "arrays" else tokenizer.encode_as_ids
     start = time.perf_counter()
-    encode(documents, num_threads=prepare.cores())
+    encode(documents, num_threads=-1)
     return time.perf_counter() - start
 
 
 def whole_tool(docs: Path, tokenizer: Path) -> float:
     """Seconds, from the start of the process to its end."""
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / TOOL.name
+        copy = Path(folder) / "data" / TOOL.name
+        copy.parent.mkdir()
         copy.write_bytes(TOOL.read_bytes())
         start = time.perf_counter()
-        subprocess.run([sys.executable, copy, "--docs-jsonl", docs, "--tokenizer", tokenizer], check=True,
-                       stdout=subprocess.DEVNULL)  # fmt: skip
+        command = [sys.executable, copy, "--docs-jsonl", docs.resolve(), "--tokenizer", tokenizer.resolve()]
+        environment = {**os.environ, "PYTHONPATH": str(TOOL.parent.parent)}  # for train_gpt_mlx.py
+        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
         return time.perf_counter() - start
 
 
@@ -56,7 +58,7 @@ def main() -> None:
     megabytes = sum(len(text.encode("utf-8")) for text in documents) / 1e6
     tokenizer = spm.SentencePieceProcessor(model_file=str(options.tokenizer))
     kinds = ["lists", "arrays"] if hasattr(tokenizer, "encode_as_numpy") else ["lists"]
-    print(f"{len(documents)} documents, {megabytes:.0f} MB, {prepare.cores()} cores, load {os.getloadavg()[0]:.1f}")
+    print(f"{len(documents)} documents, {megabytes:.0f} MB, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     ratios: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(options.repeats):
         alone = {kind: encoder_alone(tokenizer, documents, kind) for kind in kinds}

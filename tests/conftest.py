@@ -11,7 +11,6 @@ import mlx.core as mx
 import pytest
 import sentencepiece as spm
 
-import prepare
 import train_gpt_mlx as tg
 from helpers import learnable_tokens, write_shard
 from runs import Outcome, Process, command, environment
@@ -113,10 +112,3 @@ def small_disk(tmp_path):
         pytest.skip("cannot mount a small disk")
     yield path
     subprocess.run(["umount", str(path)], check=True)
-
-
-@pytest.fixture
-def root(tmp_path, monkeypatch) -> Path:
-    """A data folder for the tool to write to."""
-    monkeypatch.setattr(prepare, "ROOT", tmp_path / "data")
-    return tmp_path / "data"

@@ -88,11 +88,6 @@ def snapshot(root: Path) -> dict[str, bytes]:
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-def one_line_error(capsys, *parts: str) -> None:
-    """That a tool has printed nothing but a line of error with those parts in it to stderr."""
-    check_one_line_error(capsys.readouterr().err, *parts)
-
-
 def check_one_line_error(err: str, *parts: str) -> None:
     """That a program's errors are one line, with those parts in it."""
     assert err.startswith("error: ") and err.count("\n") == 1, err

@@ -13,10 +13,9 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves `files` of one data set repository. `faults[path]` is what happens to the next requests of a path:
-
-    a status (404, 500, …), ("drop", n): the connection ends after n bytes, ("short", n): the body has n bytes and says
-    so, ("wait", event). ("HEAD", fault) happens to a HEAD request, others to a GET.
+    """Serves `files`, which lie in a folder of a data set repository. `faults[path]` is what happens to the next
+    requests of a path: a status (500, …), ("drop", n): the connection ends after n bytes, or ("wait", event).
+    ("HEAD", fault) happens to a HEAD request, others to a GET.
     """
 
     daemon_threads = True
@@ -25,6 +24,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.repo = "someone/some-data"
+        self.folder = "datasets"
         self.files: dict[str, bytes] = {}
         self.faults: dict[str, list] = {}
         self.status = 200  # of everything
@@ -38,9 +38,9 @@ class Hub(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
 
-    def fetched(self) -> list[str]:
-        """The files of the repository that were asked for by GET so far."""
-        return [path for method, path in self.requests if method == "GET" and not path.startswith("/")]
+    def fetched(self) -> set[str]:
+        """The files that were asked for by GET so far."""
+        return {path for method, path in self.requests if method == "GET" and not path.startswith("/")}
 
     def handle_error(self, request, client_address) -> None:
         """A client that went away is no error of the hub's."""
@@ -69,10 +69,11 @@ class Handler(BaseHTTPRequestHandler):
             return faults.pop(0)[1] if for_head else faults.pop(0)
 
     def respond(self) -> None:
-        hub, prefix = self.server, f"/datasets/{self.server.repo}/resolve/main/"
+        hub = self.server
+        prefix = f"/datasets/{hub.repo}/resolve/main/{hub.folder}/".replace("//", "/")
         path = self.path.removeprefix(prefix)
         with hub.lock:
-            hub.requests.append((self.command, path))  # what is not in the repository begins with a slash
+            hub.requests.append((self.command, path))  # what is not in the folder begins with a slash
         fault = self.next_fault(path)
         if not self.path.startswith(prefix):
             return self.refuse(404, "RepoNotFound")
@@ -81,13 +82,11 @@ class Handler(BaseHTTPRequestHandler):
         if path not in hub.files:
             return self.refuse(404, "EntryNotFound")
         if isinstance(fault, int):
-            return self.refuse(fault, "EntryNotFound" if fault == 404 else "")
+            return self.refuse(fault, "")
         data = hub.files[path]
         start = int(self.headers.get("Range", "bytes=0-").split("=")[1].split("-")[0])
         body = data[start:]
         kind, amount = fault or ("", 0)
-        if kind == "short":
-            body = body[:amount]
         if kind == "wait":
             amount.wait(30)
         self.send_response(206 if start else 200)
