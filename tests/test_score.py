@@ -16,6 +16,7 @@ import train_gpt_mlx as tg
 from helpers import REPO, snapshot
 from runs import MODEL, SCRIPT, environment
 
+pytestmark = pytest.mark.slow
 SCORE = (str(REPO / "logs/score.py"),)
 SIZES = dict(num_layers=1, model_dim=256, mlp_mult=1, iterations=2)  # the embedding is large enough to be quantized
 UNSET = dict.fromkeys([*MODEL, *SIZES, "data_path", "tokenizer_path", "run_id", "out_dir", "compute_dtype"])
