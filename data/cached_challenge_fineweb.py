@@ -89,7 +89,7 @@ def get(relative_path: str) -> None:
     """Fetch a file to its place. Raises RunError."""
     arrived = Path(ask_hub(relative_path))
     if not is_complete(arrived):
-        raise tg.RunError(f"{relative_path}: is damaged on the hub")
+        raise tg.RunError(f"{relative_path}: arrived damaged")
     path = local_path_for_remote(relative_path)
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.move(arrived, path)

@@ -3,11 +3,11 @@
 
     python data/prepare.py                              # Python's standard library: 12 MB of source code
     python data/prepare.py --text ~/notes ~/book.md     # files, and the files in folders: each is a document
-    python data/prepare.py --docs-jsonl docs.jsonl.gz   # a {"text": ...} a line: each is a document
+    python data/prepare.py --docs-jsonl docs.jsonl.gz   # one {"text": ...} per line: each is a document
 
 The recipe is the challenge's. Each document follows a begin-of-document token. The first documents are for validation,
 the rest for training. The same text gives the same bytes. Text streams through, so memory does not grow with it. The
-data set appears when it is complete. Ctrl-C ends the tool at once, and the same command starts over.
+data set appears only once it is complete. Ctrl-C ends the tool at once, and the same command starts over.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent  # the data folder
@@ -44,7 +44,7 @@ except ModuleNotFoundError as error:
 MADE_BY = "data/prepare.py"
 LIBRARY = Path(os.__file__).parent
 NOT_LIBRARY_TEXT = r"(^|/)(\..*|site-packages|dist-packages|__pycache__|tests?|idle_test)/"
-BATCH_DOCUMENTS = 512  # encoded at once; three batches are in memory
+BATCH_BYTES = 2_000_000  # encoded at once; three batches are in memory
 
 # The challenge's recipe: BPE over text that nmt_nfkc normalizes, which folds white space. So bits per byte are over the
 # normalized text.
@@ -76,13 +76,12 @@ def command_line() -> argparse.Namespace:
     tokenizer.add_argument("--vocab-size", type=int, default=1024, metavar="N", help="(default: %(default)s)")
     tokenizer.add_argument("--tokenizer", type=Path, metavar="MODEL", help="SentencePiece model, instead of a new one")
     val = parser.add_mutually_exclusive_group()
-    val.add_argument("--val-tokens", type=int, default=100_000, metavar="N", help="about (default: %(default)s)")
+    val.add_argument(
+        "--val-tokens", type=int, default=100_000, metavar="N", help="approximately (default: %(default)s)"
+    )
     val.add_argument("--val-docs", type=int, metavar="N", help="validation documents, instead of tokens")
     parser.add_argument("--shard-tokens", type=int, default=100_000_000, metavar="N", help="(default: %(default)s)")
     return parser.parse_args()
-
-
-# --- Text ---
 
 
 def documents(args: argparse.Namespace, seen: Counter) -> Iterator[str]:
@@ -104,7 +103,7 @@ def text_files(args: argparse.Namespace, seen: Counter) -> Iterator[str]:
         except UnicodeDecodeError:
             if path in named and not args.skip_bad:
                 raise tg.InputError(f"{path}: not UTF-8 text") from None
-            seen["files skipped that are not UTF-8"] += 1
+            seen["non-UTF-8 files skipped"] += 1
 
 
 def json_lines(args: argparse.Namespace, seen: Counter) -> Iterator[str]:
@@ -147,14 +146,11 @@ def find_files(paths: list[Path], pattern: str, leave_out: str = r"(^|/)\.") -> 
     return [files[name] for name in sorted(files, key=lambda name: hashlib.sha256(os.fsencode("1337" + name)).digest())]
 
 
-# --- Tokens and shards ---
-
-
 def train_tokenizer(args: argparse.Namespace) -> bytes:
     """A serialized SentencePiece model. Raises InputError if there is too little text for --vocab-size, OSError."""
     lines = lines_to_train_on(args)
     if not lines:
-        raise tg.InputError("no text is left to train a tokenizer on")
+        raise tg.InputError("there is no text to train a tokenizer on")
     model = io.BytesIO()
     options = dict(vocab_size=args.vocab_size, minloglevel=2, **RECIPE, **NORMALIZATION, **SPECIAL_PIECES)
     try:
@@ -192,16 +188,17 @@ def read_tokenizer(path: Path) -> bytes:
     return model
 
 
-def encode(tokenizer: spm.SentencePieceProcessor, texts: Iterator[str]) -> Iterator[np.ndarray]:
+def encode(tokenizer: spm.SentencePieceProcessor, texts: Iterator[str], seen: Counter) -> Iterator[np.ndarray]:
     """The tokens of each document, (tokens,) int32. SentencePiece encodes a batch on all cores while the caller reads
     the next one and writes the last one."""
     with ThreadPoolExecutor(1) as pool:
-        under_way = pool.submit(list)  # nothing yet
-        while batch := list(islice(texts, BATCH_DOCUMENTS)):
-            following = pool.submit(tokenizer.encode_as_numpy, batch, add_bos=True)
-            yield from under_way.result()
-            under_way = following
-        yield from under_way.result()
+        pending = pool.submit(list)  # nothing yet
+        # documents() counts bytes as it reads. Documents that end in the same BATCH_BYTES of the text are a batch.
+        for _, batch in groupby(texts, lambda _: seen["bytes"] // BATCH_BYTES):
+            following = pool.submit(tokenizer.encode_as_numpy, list(batch), add_bos=True)
+            yield from pending.result()
+            pending = following
+        yield from pending.result()
 
 
 class ShardWriter:
@@ -247,7 +244,7 @@ def write_shards(args: argparse.Namespace, model: bytes, folder: Path) -> dict:
     seen = Counter()
     digest = hashlib.sha256()
     texts = iter(tqdm(documents(args, seen), "encoding", unit=" documents", disable=None))
-    for ids in encode(spm.SentencePieceProcessor(model_proto=model), texts):
+    for ids in encode(spm.SentencePieceProcessor(model_proto=model), texts, seen):
         tokens = ids.astype("<u2")
         digest.update(tokens)
         if args.val_docs:
@@ -258,19 +255,17 @@ def write_shards(args: argparse.Namespace, model: bytes, folder: Path) -> dict:
         writer = val if is_val and train.num_documents == 0 else train
         writer.write(tokens)
     if train.num_documents == 0:
-        raise tg.InputError("validation takes all documents: give more (a text file is one), or lower --val-tokens")
+        what = f"validation takes all {val.num_documents} document(s) (a text file is one)"
+        raise tg.InputError(f"{what}: give at least one more, or lower --val-docs or --val-tokens")
 
     stats = {"sha256": digest.hexdigest(), "text": seen}
     print("text: " + ", ".join(f"{count:,} {what}" for what, count in seen.items()))
     for writer in (train, val):
         writer.finish()
-        print(f"{writer.kind}: {writer.num_documents:,} documents, {writer.num_tokens:,} tokens")
+        print(f"{writer.kind}: {writer.num_documents:,} document(s), {writer.num_tokens:,} tokens")
         for what in ("files", "documents", "tokens"):
             stats[f"{what}_{writer.kind}"] = getattr(writer, f"num_{what}")
     return stats
-
-
-# --- The data folder ---
 
 
 def read_manifest(path: Path = ROOT / "manifest.json") -> dict:
@@ -286,11 +281,15 @@ def read_manifest(path: Path = ROOT / "manifest.json") -> dict:
 def main() -> None:
     """Make the data set, in the place of an older one when all is done. Raises InputError, OSError."""
     args = command_line()
+    name = args.name or ("mytext" if args.text or args.docs_jsonl else "sample")
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise tg.InputError(f"--name {name}: use letters, digits, '.', '_' and '-' only")
+    if min(args.vocab_size, args.val_tokens, args.val_docs or 1, args.shard_tokens) < 1:
+        raise tg.InputError("--vocab-size, --val-tokens, --val-docs and --shard-tokens must be at least 1")
     model = read_tokenizer(args.tokenizer) if args.tokenizer else train_tokenizer(args)
     vocab_size = spm.SentencePieceProcessor(model_proto=model).vocab_size()
     if vocab_size > 65536:
         raise tg.InputError(f"{vocab_size} pieces are too many: shards store tokens in 16 bits")
-    name = args.name or ("mytext" if args.text or args.docs_jsonl else "sample")
     dataset = {"name": f"{name}_sp{vocab_size}", "tokenizer_name": f"{name}_{vocab_size}_bpe", "made_by": MADE_BY}
     shards = ROOT / "datasets" / dataset["name"]
     tokenizer = ROOT / "tokenizers" / f"{dataset['tokenizer_name']}.model"
@@ -298,9 +297,9 @@ def main() -> None:
     made_here = [entry["name"] for entry in manifest["datasets"] if entry.get("made_by") == MADE_BY]
     for place in (shards, tokenizer):
         if place.exists() and dataset["name"] not in made_here:
-            raise tg.InputError(f"{place} was not made by this tool: choose another --name")
+            raise tg.InputError(f"{place} is not listed as made by this tool: choose another --name, or remove it")
 
-    staging = ROOT / "datasets" / f".{dataset['name']}"
+    staging = ROOT / "datasets" / ".unfinished"
     shutil.rmtree(staging, ignore_errors=True)  # of a build that was killed
     try:
         (staging / "shards").mkdir(parents=True)

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 TEXTS = []
 for i in range(60):
     words = [WORDS[(i * j + j // 3) % 19] for j in range(40)]
-    TEXTS.append(f"document {i} " + " ".join(words) + " naïve 東京")
+    TEXTS.append(f"document {i} " + " ".join(words) + " naïve 東京 in 1987")
 SMALL = ("--vocab-size", "300", "--val-tokens", "200")
 README_COMMANDS = re.findall(r"```bash\n(.*?)```", (REPO / "README.md").read_text(encoding="utf-8"), flags=re.S)
 
@@ -133,6 +133,8 @@ class TestTokens:
         clone.make("--docs-jsonl", docs, *SMALL)
         lengths = np.cumsum([1 + len(clone.tokenizer().encode(text)) for text in TEXTS])
         assert len(clone.documents("val")) == 1 + np.argmin(np.abs(lengths - 200))
+        clone.make("--docs-jsonl", docs, "--vocab-size", 300, "--val-tokens", 1)
+        assert len(clone.documents("val")) == 1
 
     def test_validation_never_resumes_after_training_began(self, clone, tmp_path, tokenizer_file):
         """Not even with a document so short that it would come closer to --val-tokens."""
@@ -159,8 +161,8 @@ class TestTokens:
         assert not any("zy" in piece for piece in pieces)
 
     def test_the_tokenizer_is_trained_on_long_lines_too(self, clone, tmp_path):
-        docs = write_jsonl(tmp_path / "docs.jsonl", [" ".join(TEXTS), TEXTS[0]])
-        clone.make("--docs-jsonl", docs, *SMALL)
+        docs = write_jsonl(tmp_path / "docs.jsonl", ["a b c", " ".join(TEXTS)])
+        clone.make("--docs-jsonl", docs, "--vocab-size", 300, "--val-docs", 1)
         assert len(clone.tokenizer().encode("epsilon")) < len("epsilon")
 
     def test_an_existing_tokenizer_is_used_as_it_is(self, clone, docs, tokenizer_file):
@@ -203,7 +205,7 @@ class TestText:
         (texts / "notes.gz").write_bytes(gzip.compress(b"text"))
         out = clone.make("--text", texts, *SMALL)
         assert "1 blank documents skipped" in out
-        assert "2 files skipped that are not UTF-8" in out
+        assert "2 non-UTF-8 files skipped" in out
         assert clone.entry()["stats"]["documents_train"] + clone.entry()["stats"]["documents_val"] == 60
 
     def test_glob_chooses_files_in_folders(self, clone, texts):
@@ -212,8 +214,9 @@ class TestText:
         assert not any("program" in clone.tokenizer().decode(tokens) for tokens in clone.documents("train"))
 
     def test_files_of_the_same_name_in_two_folders_are_both_taken(self, clone, texts):
-        clone.make("--text", texts, texts / "sub", *SMALL)
-        assert clone.entry()["stats"]["documents_train"] + clone.entry()["stats"]["documents_val"] == 90
+        shutil.copytree(texts, texts.parent / "copy")
+        clone.make("--text", texts, texts.parent / "copy", *SMALL)
+        assert clone.entry()["stats"]["documents_train"] + clone.entry()["stats"]["documents_val"] == 120
 
     def test_the_same_text_gives_the_same_bytes_wherever_it_is_and_however_its_lines_end(self, clone, texts, tmp_path):
         clone.make("--text", texts, *SMALL)
@@ -243,9 +246,9 @@ class TestText:
         assert clone.documents("val") == [clone.tokenizer().encode(text) for text in TEXTS[:30]]
 
     def test_memory_does_not_grow_with_the_text(self, clone, tmp_path, tokenizer_file):
-        line = json.dumps({"text": " ".join(TEXTS)[:2000]}) + "\n"
+        line = json.dumps({"text": "\n".join(TEXTS) * 10}) + "\n"
         peaks = []
-        for count in (5000, 20_000):
+        for count in (50, 200):
             docs = tmp_path / "docs.jsonl"
             docs.write_text(line * count)
             code = "import resource, subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]], check=True);"
@@ -314,7 +317,7 @@ shutil.move = move"""
         process = clone.start("--docs-jsonl", long, *SMALL)
         assert process.stdout.readline().startswith("training a tokenizer")
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=10)
+        assert process.communicate(timeout=10)[1] == ""
         assert process.returncode == -signal.SIGINT
         assert clone.files() == before
 
@@ -353,12 +356,16 @@ class TestErrors:
         picture = tmp_path / "picture.png"
         picture.write_bytes(b"\x89PNG\xff")
         clone.refuse("--text", texts, picture, *SMALL, error=(f"{picture}: not UTF-8",))
-        assert "1 files skipped" in clone.make("--text", texts, picture, *SMALL, "--skip-bad")
+        assert "1 non-UTF-8 files skipped" in clone.make("--text", texts, picture, *SMALL, "--skip-bad")
 
     def test_a_file_that_is_not_there(self, clone, docs):
         for option in ("--text", "--docs-jsonl", "--tokenizer"):
             source = ("--docs-jsonl", docs) if option == "--tokenizer" else ()
             clone.refuse(option, "absent", *source, "--val-tokens", 200, error=("absent", "No such file"))
+
+    @pytest.mark.parametrize("option", ["--name=my text", "--name=a/b", "--shard-tokens=0", "--val-tokens=-1"])
+    def test_a_name_or_a_number_that_cannot_be(self, clone, docs, option):
+        clone.refuse("--docs-jsonl", docs, "--vocab-size", 300, option, error=(option.partition("=")[0],))
 
     def test_a_vocabulary_too_large_for_the_text(self, clone, docs):
         clone.refuse("--docs-jsonl", docs, "--vocab-size", 5000, error=("--vocab-size 5000",))
@@ -399,8 +406,11 @@ class TestErrors:
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory) -> Clone:
-    clone = Clone(tmp_path_factory.mktemp("clone with a space") / "clone")
-    clone.out = clone.make()
+    """The sample, made from two folders above it, one of which has a space in its name."""
+    clone = Clone(tmp_path_factory.mktemp("sample") / "with a space/clone")
+    clone.above = clone.folder.parent.parent
+    command = [sys.executable, str(clone.data / "prepare.py")]
+    clone.out = subprocess.check_output(command, cwd=clone.above, text=True)
     return clone
 
 
@@ -424,6 +434,6 @@ class TestSample:
     def test_the_command_it_prints_works_as_printed(self, sample, tmp_path):
         command = sample.out.partition("train on it with:\n")[2].replace("ITERATIONS=100", "ITERATIONS=3")
         command = command.replace("VAL_MAX_TOKENS=1000000", "VAL_MAX_TOKENS=1000")
-        done = subprocess.run(["bash", "-c", command], cwd=sample.folder, capture_output=True, text=True)
+        done = subprocess.run(["bash", "-c", command], cwd=sample.above, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
         assert "final_int8_zlib_roundtrip_exact" in done.stdout
