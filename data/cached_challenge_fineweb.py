@@ -18,7 +18,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there yet if a script loads this file by its path
 
 from prepare import ROOT, first_run, read_manifest, run, tg  # first: it says what is not installed
 
@@ -51,18 +51,6 @@ def dataset_dir_for_variant(name: str) -> str:
     return f"fineweb10B_{name}"
 
 
-def local_path_for_remote(relative_path: str) -> Path:
-    """Where a file of the repository belongs: in the data folder, without the prefix."""
-    path = PurePosixPath(relative_path)
-    prefix = REMOTE_ROOT_PREFIX.strip("/")
-    return ROOT / (path.relative_to(prefix) if path.is_relative_to(prefix) else path)
-
-
-def remote(path: str) -> str:
-    """The name in the repository of a file that the manifest names."""
-    return str(PurePosixPath(REMOTE_ROOT_PREFIX.strip("/")) / path)
-
-
 def is_complete(path: Path) -> bool:
     """Whether a file is here. A shard is also checked by its header and size."""
     if path.suffix == ".bin" and path.is_file():
@@ -74,35 +62,36 @@ def is_complete(path: Path) -> bool:
     return path.is_file()
 
 
-def ask_hub(relative_path: str, **options):
-    """What `hf_hub_download` returns of a file of the repository. Asks again after 5xx. Raises RunError."""
+def ask_hub(path: str, **options):
+    """Call `hf_hub_download` for a file, by its path in the data folder. If the hub answers 5xx, ask again. Raises
+    RunError."""
     for seconds in (*SECONDS_BEFORE_RETRIES, None):
         try:
-            return hf_hub_download(REPO_ID, relative_path, repo_type="dataset", local_dir=INCOMING, **options)
+            remote_path = str(PurePosixPath(REMOTE_ROOT_PREFIX.strip("/")) / path)
+            return hf_hub_download(REPO_ID, remote_path, repo_type="dataset", local_dir=INCOMING, **options)
         except Exception as error:  # of the client, of its network library, or of the disk
             if seconds is None or not isinstance(error, HfHubHTTPError) or error.response.status_code < 500:
-                raise tg.RunError(f"{relative_path}: {' '.join(str(error).split())}") from None
+                raise tg.RunError(f"{path}: {' '.join(str(error).split())}") from None
         time.sleep(seconds)
 
 
-def get(relative_path: str) -> None:
+def get(path: str) -> None:
     """Fetch a file to its place. Raises RunError."""
-    arrived = Path(ask_hub(relative_path))
+    arrived = Path(ask_hub(path))
     if not is_complete(arrived):
-        raise tg.RunError(f"{relative_path}: arrived damaged")
-    path = local_path_for_remote(relative_path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.move(arrived, path)
+        raise tg.RunError(f"{path}: arrived damaged")
+    (ROOT / path).parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(arrived, ROOT / path)
 
 
-def load_manifest(*, skip_manifest_download: bool) -> dict:
+def load_manifest(skip_download: bool) -> dict:
     """The list of data sets: the hub's, with those that were made here added to it. Raises InputError, RunError."""
     path = ROOT / "manifest.json"
-    if skip_manifest_download:
+    if skip_download:
         if not path.exists():
             raise tg.InputError(f"{path}: no such file: leave out --skip-manifest")
         return read_manifest(path)
-    arrived = Path(ask_hub(remote("manifest.json")))
+    arrived = Path(ask_hub("manifest.json"))
     manifest = read_manifest(arrived)
     here = read_manifest(path)
     for kind in ("datasets", "tokenizers"):
@@ -123,7 +112,7 @@ def artifact_paths_for_tokenizer(entry: dict) -> list[str]:
 
 
 def select(manifest: dict, args: argparse.Namespace) -> list[str]:
-    """The files to have, as the manifest names them. Raises InputError."""
+    """The files to have, by their paths in the data folder. Raises InputError."""
     name = dataset_dir_for_variant(args.variant)
     datasets = {entry["name"]: entry for entry in manifest["datasets"]}
     if name not in datasets:
@@ -158,15 +147,15 @@ def main() -> None:
         args.train_shards = args.N
     shutil.rmtree(INCOMING, ignore_errors=True)  # of an interrupted run
     INCOMING.mkdir(parents=True)
-    paths = [remote(path) for path in select(load_manifest(skip_manifest_download=args.skip_manifest), args)]
-    fetch([path for path in paths if not is_complete(local_path_for_remote(path))])
+    paths = select(load_manifest(args.skip_manifest), args)
+    fetch([path for path in paths if not is_complete(ROOT / path)])
     shutil.rmtree(INCOMING)
     shards = ROOT / "datasets" / dataset_dir_for_variant(args.variant)
     print(f"{shards}: complete, with {args.train_shards} training shards")
     if args.variant == "byte260":
         print("train_gpt_mlx.py cannot train on it: it has no SentencePiece tokenizer")
     elif args.train_shards > 0:
-        command = first_run("first", shards, local_path_for_remote(paths[0]), int(args.variant[2:]))
+        command = first_run("first", shards, ROOT / paths[0], int(args.variant[2:]))
         print(f"train on it with:\n{command}")
 
 

@@ -5,9 +5,9 @@
     python data/prepare.py --text ~/notes ~/book.md     # files, and the files in folders: each is a document
     python data/prepare.py --docs-jsonl docs.jsonl.gz   # one {"text": ...} per line: each is a document
 
-The recipe is the challenge's. Each document follows a begin-of-document token. The first documents are for validation,
-the rest for training. The same text gives the same bytes. Text streams through, so memory does not grow with it. The
-data set appears only once it is complete. Ctrl-C ends the tool at once, and the same command starts over.
+Each document follows a begin-of-document token. The first documents are for validation, the rest for training. The same
+text gives the same bytes. Memory does not grow with the text. The data set appears only once it is complete. Ctrl-C
+ends the tool at once, and the same command starts over.
 """
 
 import argparse
@@ -24,9 +24,9 @@ import sys
 import textwrap
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby, islice
+from itertools import chain, islice
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent  # the data folder
@@ -44,16 +44,15 @@ except ModuleNotFoundError as error:
 MADE_BY = "data/prepare.py"
 LIBRARY = Path(os.__file__).parent
 NOT_LIBRARY_TEXT = r"(^|/)(\..*|site-packages|dist-packages|__pycache__|tests?|idle_test)/"
-BATCH_BYTES = 2_000_000  # encoded at once; three batches are in memory
+BATCH_MB = 2  # of text to encode at once; three batches are in memory
 
-# The challenge's recipe: BPE over text that nmt_nfkc normalizes, which folds white space. So bits per byte are over the
-# normalized text.
+# The challenge's recipe. nmt_nfkc folds white space, for example, so bits per byte are over the normalized text.
 RECIPE = dict(model_type="bpe", character_coverage=0.999, byte_fallback=True, split_digits=True)
 NORMALIZATION = dict(normalization_rule_name="nmt_nfkc", add_dummy_prefix=False)
 SPECIAL_PIECES = dict(pad_id=0, bos_id=1, eos_id=2, unk_id=3)
 TOKENIZER_DOCUMENTS = 20_000  # the most to train a tokenizer on
 TOKENIZER_BYTES = 100_000_000  # likewise; training takes ten times as much memory
-LINES = textwrap.TextWrapper(1000, expand_tabs=False, drop_whitespace=False, break_on_hyphens=False)
+LINE_SPLITTER = textwrap.TextWrapper(1000, expand_tabs=False, drop_whitespace=False, break_on_hyphens=False)
 
 # Settings of a first run, as in README.md. The default model is too slow for a CPU.
 FIRST_RUN_ON_GPU = """ITERATIONS=200 TRAIN_BATCH_TOKENS=8192 MAX_WALLCLOCK_SECONDS=0 WARMDOWN_ITERS=100 WARMUP_STEPS=2
@@ -67,7 +66,9 @@ def command_line() -> argparse.Namespace:
     """The parsed arguments."""
     parser = argparse.ArgumentParser(description="Make a data set from text: by default, Python's standard library.")
     text = parser.add_mutually_exclusive_group()
-    text.add_argument("--text", nargs="+", type=Path, metavar="PATH", help="UTF-8 files, and folders of them")
+    text.add_argument(
+        "--text", nargs="+", type=Path, default=(), metavar="PATH", help="UTF-8 files, and folders of them"
+    )
     text.add_argument("--docs-jsonl", nargs="+", type=Path, metavar="FILE", help='lines of {"text": ...}, also .gz')
     parser.add_argument("--glob", default="*", metavar="PATTERN", help="files to take from folders, such as '*.md'")
     parser.add_argument("--skip-bad", action="store_true", help="pass over files and lines that cannot be used")
@@ -76,32 +77,36 @@ def command_line() -> argparse.Namespace:
     tokenizer.add_argument("--vocab-size", type=int, default=1024, metavar="N", help="(default: %(default)s)")
     tokenizer.add_argument("--tokenizer", type=Path, metavar="MODEL", help="SentencePiece model, instead of a new one")
     val = parser.add_mutually_exclusive_group()
-    val.add_argument(
-        "--val-tokens", type=int, default=100_000, metavar="N", help="approximately (default: %(default)s)"
-    )
-    val.add_argument("--val-docs", type=int, metavar="N", help="validation documents, instead of tokens")
+    val.add_argument("--val-tokens", type=int, default=100_000, metavar="N", help="about (default: %(default)s)")
+    val.add_argument("--val-docs", type=int, default=0, metavar="N", help="validation documents, instead of tokens")
     parser.add_argument("--shard-tokens", type=int, default=100_000_000, metavar="N", help="(default: %(default)s)")
     return parser.parse_args()
 
 
-def documents(args: argparse.Namespace, seen: Counter) -> Iterator[str]:
-    """All documents that are not blank. Counts in `seen` what is read and skipped. Raises InputError, OSError."""
-    for text in json_lines(args, seen) if args.docs_jsonl else text_files(args, seen):
+def documents(args: argparse.Namespace, seen: Counter) -> Iterator[list[str]]:
+    """All documents but blank ones, in batches. `seen` counts what is read and skipped. Raises InputError, OSError."""
+    texts = json_lines(args, seen) if args.docs_jsonl else text_files(args, seen)
+    batch: list[str] = []
+    batch_end = 1_000_000 * BATCH_MB
+    for text in texts:
         if text.strip():
+            batch.append(text)
             seen["bytes"] += len(text.encode("utf-8"))
-            yield text
-        else:
-            seen["blank documents skipped"] += 1
+        if seen["bytes"] >= batch_end:
+            yield batch
+            batch = []
+            batch_end = seen["bytes"] + 1_000_000 * BATCH_MB
+    yield batch
 
 
 def text_files(args: argparse.Namespace, seen: Counter) -> Iterator[str]:
     """Each file is a document. Folders may also hold files that are not text."""
-    named = args.text or []
-    for path in find_files(named, args.glob) if named else find_files([LIBRARY], "*.py", NOT_LIBRARY_TEXT):
+    files = find_files(args.text, args.glob) if args.text else find_files([LIBRARY], "*.py", NOT_LIBRARY_TEXT)
+    for path in files:
         try:
             yield path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            if path in named and not args.skip_bad:
+            if path in args.text and not args.skip_bad:
                 raise tg.InputError(f"{path}: not UTF-8 text") from None
             seen["non-UTF-8 files skipped"] += 1
 
@@ -131,8 +136,8 @@ def unpacked_lines(path: Path) -> Iterator[bytes]:
 
 
 def find_files(paths: list[Path], pattern: str, leave_out: str = r"(^|/)\.") -> list[Path]:
-    """Files, and those of folders that match a pattern (not hidden ones), in the order of a hash of their names. It is
-    the same on every machine, and stays when text is added."""
+    """Files, and those of folders that match a pattern and are not left out (hidden ones), in the order of a hash of
+    their names. The order is the same on every machine, and stays when text is added."""
     files: dict[str, Path] = {}  # by names that do not depend on where the text is
     for number, path in enumerate(paths):
         found = {path.name: path}
@@ -143,14 +148,15 @@ def find_files(paths: list[Path], pattern: str, leave_out: str = r"(^|/)\.") -> 
             while name in files:
                 name = f"{number}/{name}"
             files[name] = file
-    return [files[name] for name in sorted(files, key=lambda name: hashlib.sha256(os.fsencode("1337" + name)).digest())]
+    order = sorted(files, key=lambda name: hashlib.sha256(os.fsencode("1337" + name)).digest())
+    return [files[name] for name in order]
 
 
-def train_tokenizer(args: argparse.Namespace) -> bytes:
-    """A serialized SentencePiece model. Raises InputError if there is too little text for --vocab-size, OSError."""
+def train_tokenizer(args: argparse.Namespace) -> spm.SentencePieceProcessor:
+    """A new tokenizer. Raises InputError if there is too little text for --vocab-size, OSError."""
     lines = lines_to_train_on(args)
     if not lines:
-        raise tg.InputError("there is no text to train a tokenizer on")
+        raise tg.InputError("no text is left to train a tokenizer on: give more, or lower --val-docs")
     model = io.BytesIO()
     options = dict(vocab_size=args.vocab_size, minloglevel=2, **RECIPE, **NORMALIZATION, **SPECIAL_PIECES)
     try:
@@ -158,44 +164,46 @@ def train_tokenizer(args: argparse.Namespace) -> bytes:
     except RuntimeError as error:
         reason = str(error).rpartition("] ")[2]  # without SentencePiece's file, line and condition
         raise tg.InputError(f"--vocab-size {args.vocab_size}: {reason}") from None
-    return model.getvalue()
+    return spm.SentencePieceProcessor(model_proto=model.getvalue())
 
 
 def lines_to_train_on(args: argparse.Namespace) -> list[str]:
-    """Lines of the first documents, or of the first ones after --val-docs."""
+    """Lines of the first documents after --val-docs, split where SentencePiece would skip them (over 4,192 bytes)."""
     lines: list[str] = []
     num_bytes = 0
-    first = args.val_docs or 0
-    for document in islice(documents(args, Counter()), first, first + TOKENIZER_DOCUMENTS):
-        for line in filter(str.strip, document.splitlines()):
-            lines += LINES.wrap(line) if len(line) > LINES.width else [line]  # SentencePiece skips over 4,192 bytes
-        num_bytes += len(document.encode("utf-8"))
+    texts = chain.from_iterable(documents(args, Counter()))
+    for text in islice(texts, args.val_docs, args.val_docs + TOKENIZER_DOCUMENTS):
+        for line in filter(str.strip, text.splitlines()):
+            if len(line) > LINE_SPLITTER.width:
+                lines += LINE_SPLITTER.wrap(line)
+            else:
+                lines.append(line)
+        num_bytes += len(text.encode("utf-8"))
         if num_bytes >= TOKENIZER_BYTES:
             break
     print(f"training a tokenizer on {num_bytes:,} bytes of text", flush=True)
     return lines
 
 
-def read_tokenizer(path: Path) -> bytes:
-    """A serialized SentencePiece model. Raises InputError, OSError."""
+def read_tokenizer(path: Path) -> spm.SentencePieceProcessor:
+    """The tokenizer in a file. Raises InputError, OSError."""
     model = path.read_bytes()
     try:
-        bos = spm.SentencePieceProcessor(model_proto=model).bos_id()
+        tokenizer = spm.SentencePieceProcessor(model_proto=model)
     except RuntimeError:
-        bos = -1
-    if bos < 0:
-        raise tg.InputError(f"--tokenizer {path}: not a SentencePiece model with a begin-of-document token (bos)")
-    return model
+        raise tg.InputError(f"--tokenizer {path}: not a SentencePiece model") from None
+    if tokenizer.bos_id() < 0:
+        raise tg.InputError(f"--tokenizer {path}: has no begin-of-document token (bos)")
+    return tokenizer
 
 
-def encode(tokenizer: spm.SentencePieceProcessor, texts: Iterator[str], seen: Counter) -> Iterator[np.ndarray]:
+def encode(tokenizer: spm.SentencePieceProcessor, batches: Iterable[list[str]]) -> Iterator[np.ndarray]:
     """The tokens of each document, (tokens,) int32. SentencePiece encodes a batch on all cores while the caller reads
     the next one and writes the last one."""
     with ThreadPoolExecutor(1) as pool:
         pending = pool.submit(list)  # nothing yet
-        # documents() counts bytes as it reads. Documents that end in the same BATCH_BYTES of the text are a batch.
-        for _, batch in groupby(texts, lambda _: seen["bytes"] // BATCH_BYTES):
-            following = pool.submit(tokenizer.encode_as_numpy, list(batch), add_bos=True)
+        for batch in batches:
+            following = pool.submit(tokenizer.encode_as_numpy, batch, add_bos=True)
             yield from pending.result()
             pending = following
         yield from pending.result()
@@ -212,40 +220,37 @@ class ShardWriter:
         self.file: io.BufferedWriter | None = None
 
     def write(self, tokens: np.ndarray) -> None:
-        """Add a document, (tokens,) uint16."""
+        """Add a document, (tokens,) of any integer dtype."""
         self.num_documents += 1
         while len(tokens) > 0:
             in_shard = self.num_tokens % self.shard_tokens
             if in_shard == 0:
-                self.finish()
+                if self.file is not None:
+                    self.finish()
                 self.file = (self.folder / f"fineweb_{self.kind}_{self.num_files:06d}.bin").open("wb")
                 self.file.write(bytes(1024))
                 self.num_files += 1
             part = tokens[: self.shard_tokens - in_shard]
-            self.file.write(part)
+            self.file.write(part.astype("<u2"))
             self.num_tokens += len(part)
             tokens = tokens[len(part) :]
 
     def finish(self) -> None:
         """Write the last shard's header, now that its number of tokens is known."""
-        if self.file is None:
-            return
-        header = np.zeros(256, dtype="<i4")
-        header[:3] = 20240520, 1, (self.file.tell() - 1024) // 2
-        with self.file:
-            self.file.seek(0)
-            self.file.write(header.tobytes())
+        with self.file as file:
+            count = (file.tell() - 1024) // 2
+            file.seek(0)
+            file.write(np.array([20240520, 1, count], dtype="<i4"))
 
 
-def write_shards(args: argparse.Namespace, model: bytes, folder: Path) -> dict:
+def write_shards(args: argparse.Namespace, tokenizer: spm.SentencePieceProcessor, folder: Path) -> dict:
     """Encode all documents. Returns the manifest's figures. Raises InputError if none is left to train on, OSError."""
     val = ShardWriter(folder, "val", args.shard_tokens)
     train = ShardWriter(folder, "train", args.shard_tokens)
     seen = Counter()
     digest = hashlib.sha256()
-    texts = iter(tqdm(documents(args, seen), "encoding", unit=" documents", disable=None))
-    for ids in encode(spm.SentencePieceProcessor(model_proto=model), texts, seen):
-        tokens = ids.astype("<u2")
+    batches = tqdm(documents(args, seen), "encoding", unit=" MB", unit_scale=BATCH_MB, disable=None)
+    for tokens in encode(tokenizer, batches):
         digest.update(tokens)
         if args.val_docs:
             is_val = val.num_documents < args.val_docs
@@ -255,16 +260,16 @@ def write_shards(args: argparse.Namespace, model: bytes, folder: Path) -> dict:
         writer = val if is_val and train.num_documents == 0 else train
         writer.write(tokens)
     if train.num_documents == 0:
-        what = f"validation takes all {val.num_documents} document(s) (a text file is one)"
-        raise tg.InputError(f"{what}: give at least one more, or lower --val-docs or --val-tokens")
+        raise tg.InputError("nothing is left to train on: give more documents (a file is one), or fewer to validation")
 
-    stats = {"sha256": digest.hexdigest(), "text": seen}
+    stats = {"sha256": digest.hexdigest()}
     print("text: " + ", ".join(f"{count:,} {what}" for what, count in seen.items()))
     for writer in (train, val):
         writer.finish()
         print(f"{writer.kind}: {writer.num_documents:,} document(s), {writer.num_tokens:,} tokens")
-        for what in ("files", "documents", "tokens"):
-            stats[f"{what}_{writer.kind}"] = getattr(writer, f"num_{what}")
+        stats[f"files_{writer.kind}"] = writer.num_files
+        stats[f"documents_{writer.kind}"] = writer.num_documents
+        stats[f"tokens_{writer.kind}"] = writer.num_tokens
     return stats
 
 
@@ -282,20 +287,16 @@ def main() -> None:
     """Make the data set, in the place of an older one when all is done. Raises InputError, OSError."""
     args = command_line()
     name = args.name or ("mytext" if args.text or args.docs_jsonl else "sample")
-    if not re.fullmatch(r"[\w.-]+", name):
-        raise tg.InputError(f"--name {name}: use letters, digits, '.', '_' and '-' only")
-    if min(args.vocab_size, args.val_tokens, args.val_docs or 1, args.shard_tokens) < 1:
-        raise tg.InputError("--vocab-size, --val-tokens, --val-docs and --shard-tokens must be at least 1")
-    model = read_tokenizer(args.tokenizer) if args.tokenizer else train_tokenizer(args)
-    vocab_size = spm.SentencePieceProcessor(model_proto=model).vocab_size()
+    tokenizer = read_tokenizer(args.tokenizer) if args.tokenizer else train_tokenizer(args)
+    vocab_size = tokenizer.vocab_size()
     if vocab_size > 65536:
         raise tg.InputError(f"{vocab_size} pieces are too many: shards store tokens in 16 bits")
     dataset = {"name": f"{name}_sp{vocab_size}", "tokenizer_name": f"{name}_{vocab_size}_bpe", "made_by": MADE_BY}
     shards = ROOT / "datasets" / dataset["name"]
-    tokenizer = ROOT / "tokenizers" / f"{dataset['tokenizer_name']}.model"
+    model = ROOT / "tokenizers" / f"{dataset['tokenizer_name']}.model"
     manifest = read_manifest()
     made_here = [entry["name"] for entry in manifest["datasets"] if entry.get("made_by") == MADE_BY]
-    for place in (shards, tokenizer):
+    for place in (shards, model):
         if place.exists() and dataset["name"] not in made_here:
             raise tg.InputError(f"{place} is not listed as made by this tool: choose another --name, or remove it")
 
@@ -303,11 +304,11 @@ def main() -> None:
     shutil.rmtree(staging, ignore_errors=True)  # of a build that was killed
     try:
         (staging / "shards").mkdir(parents=True)
-        (staging / "tokenizer").write_bytes(model)
-        dataset["stats"] = write_shards(args, model, staging / "shards")
+        (staging / "model").write_bytes(tokenizer.serialized_model_proto())
+        dataset["stats"] = write_shards(args, tokenizer, staging / "shards")
         dataset["arguments"] = sys.argv[1:]
         dataset["versions"] = {"python": sys.version.split()[0], "sentencepiece": spm.__version__}
-        listed = {"name": dataset["tokenizer_name"], "model_path": f"tokenizers/{tokenizer.name}"}
+        listed = {"name": dataset["tokenizer_name"], "model_path": f"tokenizers/{model.name}"}
         for kind, entry in (("tokenizers", listed), ("datasets", dataset)):
             manifest[kind] = [other for other in manifest[kind] if other["name"] != entry["name"]] + [entry]
         (staging / "manifest").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -316,20 +317,20 @@ def main() -> None:
         # never one with another's tokenizer.
         if shards.exists():
             shards.rename(staging / "old")
-        tokenizer.parent.mkdir(exist_ok=True)
+        model.parent.mkdir(exist_ok=True)
         shutil.move(staging / "manifest", ROOT / "manifest.json")
-        shutil.move(staging / "tokenizer", tokenizer)
+        shutil.move(staging / "model", model)
         (staging / "shards").rename(shards)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
-    print(f"train on it with:\n{first_run(name, shards, tokenizer, vocab_size)}")
+    print(f"train on it with:\n{first_run(name, shards, model, vocab_size)}")
 
 
-def first_run(run_id: str, shards: Path, tokenizer: Path, vocab_size: int) -> str:
+def first_run(name: str, shards: Path, model: Path, vocab_size: int) -> str:
     """A command for a shell in the current folder. It trains on a data set in minutes, on this machine."""
-    files = [shlex.quote(os.path.relpath(path)) for path in (shards, tokenizer, sys.executable, tg.__file__)]
-    where = f"env RUN_ID={run_id} DATA_PATH={files[0]} TOKENIZER_PATH={files[1]} VOCAB_SIZE={vocab_size}"
+    files = [shlex.quote(os.path.relpath(path)) for path in (shards, model, sys.executable, tg.__file__)]
+    where = f"env RUN_ID={shlex.quote(name)} DATA_PATH={files[0]} TOKENIZER_PATH={files[1]} VOCAB_SIZE={vocab_size}"
     settings = FIRST_RUN_ON_CPU if tg.backend() == "cpu" else FIRST_RUN_ON_GPU
     return f"  {where}\n    {settings}\n    {files[2]} {files[3]}".replace("\n", " \\\n")
 

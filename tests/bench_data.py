@@ -3,8 +3,8 @@
 
     .venv/bin/python tests/bench_data.py --docs-jsonl FILE --tokenizer MODEL
 
-The encoder alone has all documents in memory as text and leaves its tokens there, once as lists and once as arrays;
-prepare.py, a whole process, starts its workers, reads, parses, encodes, hashes and writes. They take turns.
+The encoder alone has all documents in memory and leaves its tokens there. prepare.py is a whole process: it starts,
+reads, parses, encodes and writes. They take turns.
 """
 
 from __future__ import annotations
@@ -27,11 +27,10 @@ import prepare
 TOOL = Path(prepare.__file__)
 
 
-def encoder_alone(tokenizer: spm.SentencePieceProcessor, documents: list[str], kind: str) -> float:
-    """Seconds; the call that gives arrays is in newer versions only."""
-    encode = tokenizer.encode_as_numpy if kind == "arrays" else tokenizer.encode_as_ids
+def encoder_alone(tokenizer: spm.SentencePieceProcessor, documents: list[str]) -> float:
+    """Seconds."""
     start = time.perf_counter()
-    encode(documents, num_threads=-1)
+    tokenizer.encode_as_numpy(documents)
     return time.perf_counter() - start
 
 
@@ -57,21 +56,15 @@ def main() -> None:
     documents = [json.loads(line)["text"] for line in options.docs_jsonl.open(encoding="utf-8") if line.strip()]
     megabytes = sum(len(text.encode("utf-8")) for text in documents) / 1e6
     tokenizer = spm.SentencePieceProcessor(model_file=str(options.tokenizer))
-    kinds = ["lists", "arrays"] if hasattr(tokenizer, "encode_as_numpy") else ["lists"]
     print(f"{len(documents)} documents, {megabytes:.0f} MB, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
-    ratios: dict[str, list[float]] = {kind: [] for kind in kinds}
+    ratios = []
     for _ in range(options.repeats):
-        alone = {kind: encoder_alone(tokenizer, documents, kind) for kind in kinds}
+        alone = encoder_alone(tokenizer, documents)
         tool = whole_tool(options.docs_jsonl, options.tokenizer)
-        for kind, seconds in alone.items():
-            ratios[kind].append(seconds / tool)
-        told = ", ".join(f"{kind} {megabytes / seconds:.1f}" for kind, seconds in alone.items())
-        print(f"MB/s: alone as {told}; prepare.py {megabytes / tool:.1f}", flush=True)
-    for kind, found in ratios.items():
-        print(
-            f"prepare.py is {statistics.median(found):.2f} times as fast as the encoder alone that gives {kind} "
-            f"({min(found):.2f} to {max(found):.2f})"
-        )
+        ratios.append(alone / tool)
+        print(f"MB/s: the encoder alone {megabytes / alone:.1f}, prepare.py {megabytes / tool:.1f}", flush=True)
+    median = statistics.median(ratios)
+    print(f"prepare.py is {median:.2f} times as fast as the encoder alone ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
 if __name__ == "__main__":
