@@ -13,8 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from pickletools import genops, markobject
 from types import ModuleType
+from typing import Any
 
 import numpy as np  # but not MLX: the script loads OpenBLAS before it
+
+SCRIPT = Path(__file__).absolute().parents[1] / "train_gpt_mlx.py"
 
 
 def require(condition: bool, message: str) -> None:
@@ -115,16 +118,26 @@ def read_model(script: ModuleType, path: Path, params: dict) -> dict:
     return found["weights"] if path.suffix == ".npz" else script.dequantize_state_dict_int8(found)
 
 
-def score(path: Path, script_path: Path) -> None:
-    """Print the score of the model in a file."""
+def load_model(path: Path, script_path: Path) -> tuple[ModuleType, Any, Any]:
+    """(script, its settings, its model with the weights in a file). Raises any error."""
     log = Path(re.sub(r"(_mlx_model)?\.(npz|int8\.ptz)$", "", str(path.resolve(strict=True))) + ".txt")
     script = import_script(script_path, log)
     args = script.Hyperparameters()
     script.check_settings(args)
-    val_tokens, num_tokens, byte_tables = script.read_validation(args)
     model = script.build_model(args)
-    state = read_model(script, path, dict(script.tree_flatten(model.state)))
+    try:
+        state = read_model(script, path, dict(script.tree_flatten(model.state)))
+    except ValueError as error:
+        hint = "" if log.is_file() else f" ({log} does not exist: set the run's settings as environment variables)"
+        raise ValueError(f"{error}{hint}") from None
     model.update(script.tree_unflatten(list(state.items())))
+    return script, args, model
+
+
+def score(path: Path, script_path: Path) -> None:
+    """Print the score of the model in a file."""
+    script, args, model = load_model(path, script_path)
+    val_tokens, num_tokens, byte_tables = script.read_validation(args)
     compiled_loss = script.mx.compile(model.loss, inputs=model.state, outputs=model.state)
     started, num_scored = time.perf_counter(), len(val_tokens) - 1
     val_loss, val_bpb = script.eval_val(args, compiled_loss, val_tokens, *byte_tables)
@@ -136,21 +149,25 @@ def score(path: Path, script_path: Path) -> None:
     print(f"{name}_exact val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f}{mark}")
 
 
+def report(path: Path, error: Exception) -> int:
+    """Print what is wrong with a file, in one line. Returns the exit status."""
+    reason = str(error) if isinstance(error, (ValueError, OSError, RuntimeError)) else f"damaged: {error!r}"
+    line = "; ".join(reason.splitlines()).encode("unicode_escape").decode()  # without control characters
+    print(f"error: {path}: {line:.1000}", file=sys.stderr)
+    return 2
+
+
 def main(arguments: list[str]) -> int:
     """Exit status: 0 for a score, 2 for an error."""
-    default = Path(__file__).absolute().parents[1] / "train_gpt_mlx.py"
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("artifact", type=Path, help="RUN_ID_mlx_model.int8.ptz or RUN_ID_mlx_model.npz")
-    parser.add_argument("--script", type=Path, default=default, help="the fork that wrote it: this is code, and is run")
+    parser.add_argument("--script", type=Path, default=SCRIPT, help="the fork that wrote it: this is code, and is run")
     options = parser.parse_args(arguments)
     try:
         score(options.artifact, options.script)
         return 0
     except Exception as error:  # a damaged file can cause any
-        reason = str(error) if isinstance(error, (ValueError, OSError, RuntimeError)) else f"no score: {error!r}"
-        line = "; ".join(reason.splitlines()).encode("unicode_escape").decode()  # without control characters
-        print(f"error: {options.artifact}: {line:.1000}", file=sys.stderr)
-        return 2
+        return report(options.artifact, error)
 
 
 if __name__ == "__main__":
