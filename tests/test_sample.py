@@ -1,0 +1,127 @@
+"""logs/sample.py: the text that a model writes."""
+
+import os
+import re
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import sample
+import train_gpt_mlx as tg
+from conftest import train_tokenizer
+from helpers import REPO, check_one_line_error, stir
+from runs import MODEL, SCRIPT, environment
+
+SAMPLE = (str(REPO / "logs/sample.py"),)
+UNSET = dict.fromkeys([*MODEL, "data_path", "tokenizer_path", "run_id", "out_dir", "compute_dtype"])
+INT8, NPZ = "r_mlx_model.int8.ptz", "r_mlx_model.npz"
+
+
+@pytest.fixture
+def model(data, tmp_path, monkeypatch):
+    """The path of a model of random weights, for which the environment has the settings."""
+    monkeypatch.setattr(os, "environ", environment(data, tmp_path))
+    built = tg.build_model(tg.Hyperparameters())
+    stir(built)
+    mx.savez(str(tmp_path / NPZ), **dict(tg.tree_flatten(built.state)))
+    return tmp_path / NPZ
+
+
+def text(capsys, model: Path, *arguments: str) -> str:
+    """What the tool prints for this model."""
+    assert sample.main([str(model), *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def forced(monkeypatch, capsys, tokens: list[int]) -> tuple[list[list[int]], list[str]]:
+    """Let the model write these tokens. Returns the contexts that it sees, and what is printed before each."""
+    contexts, outputs = [], []
+
+    def next_logits(script, model, context: list[int]) -> np.ndarray:
+        outputs.append(capsys.readouterr().out)
+        contexts.append(context)
+        return np.where(np.arange(MODEL["vocab_size"]) == tokens[len(contexts) - 1], 1e6, 0.0)
+
+    monkeypatch.setattr(sample, "next_logits", next_logits)
+    return contexts, outputs
+
+
+class TestText:
+    def test_it_goes_on_from_the_prompt_the_same_for_a_seed(self, model, capsys):
+        one, again, other = (
+            text(capsys, model, "--prompt", "the cat says", "--seed", seed) for seed in ("1", "1", "2")
+        )
+        assert one.startswith("the cat says") and len(one) > 100
+        assert one == again != other
+
+    def test_temperature_0_takes_the_likeliest_token(self, model, tokenizer, capsys):
+        gpt = tg.build_model(tg.Hyperparameters())
+        gpt.load_weights(str(model))
+        tokens = [tokenizer.bos_id(), *tokenizer.encode("the dog")]
+        for _ in range(4):  # the likeliest is the one with the least loss
+            targets = (mx.array([[*tokens[1:], token]]) for token in range(tokenizer.vocab_size()))
+            tokens.append(int(np.argmin([gpt.loss(mx.array([tokens]), target).item() for target in targets])))
+        greedy = text(capsys, model, "--prompt", "the dog", "--temperature", "0", "--tokens", "4")
+        assert greedy == re.sub("[\x00-\x1f\x7f]", "", tokenizer.decode(tokens).rstrip("\ufffd")) + "\n\n"
+        assert (
+            text(capsys, model, "--prompt", "the dog", "--top-k", "1", "--temperature", "5", "--tokens", "4") == greedy
+        )
+
+    def test_several_texts(self, model, capsys):
+        first, second, _ = text(capsys, model, "--prompt", "the cat", "--count", "2").split("\n\n")
+        assert first != second and first[:7] == second[:7] == "the cat"
+
+    def test_a_text_starts_as_a_document_and_ends_with_it(self, model, tokenizer, monkeypatch, capsys):
+        contexts, outputs = forced(
+            monkeypatch, capsys, [*tokenizer.encode("the cat"), tokenizer.bos_id(), *tokenizer.encode("the dog")]
+        )
+        assert text(capsys, model) == "\n\n"
+        assert (contexts[0], "".join(outputs)) == ([tokenizer.bos_id()], "the cat")
+
+    def test_no_more_tokens_than_asked_for_and_no_longer_context_than_trained_on(
+        self, model, tokenizer, monkeypatch, capsys
+    ):
+        contexts, _ = forced(monkeypatch, capsys, tokenizer.encode("the cat says that " * 9))
+        text(capsys, model, "--tokens", "30", "--temperature", "0")
+        assert [len(context) for context in contexts] == [*range(1, 16)] + [16] * 15
+
+    def test_it_is_printed_as_it_is_made_in_whole_characters(self, model, tokenizer, monkeypatch, capsys):
+        a, b, c = tokenizer.encode("日")  # bytes
+        the, cat, escape = tokenizer.encode("the")[0], tokenizer.encode("cat")[0], tokenizer.piece_to_id("<0x1B>")
+        _, outputs = forced(monkeypatch, capsys, [the, a, b, c, escape, cat, a, tokenizer.eos_id()])
+        rest = text(capsys, model)
+        pieces = [tokenizer.id_to_piece(token).replace("▁", " ") for token in (the, cat)]
+        assert [*outputs, rest] == ["", pieces[0], "", "", "日", "", pieces[1], "", "\n\n"]
+
+    def test_a_model_of_another_script(self, model, tmp_path, capsys):
+        source = SCRIPT.read_text(encoding="utf-8").replace("x = block(x, x0)", "x = block(x, x0) + x0")
+        (tmp_path / "fork.py").write_text(source)
+        assert text(capsys, model, "--script", str(tmp_path / "fork.py")) != text(capsys, model)
+
+
+@pytest.mark.slow
+class TestRuns:
+    def test_settings_and_tokenizer_come_from_the_log(self, run):
+        done = run(num_layers=3)
+        sampled = run(str(done.folder / INT8), "--prompt", "the cat", script=SAMPLE, **UNSET)
+        assert (sampled.code, sampled.err, sampled.out[0][:7]) == (0, "", "the cat")
+        other = run(str(done.folder / INT8), script=SAMPLE, **UNSET | dict(num_layers=2))
+        assert other.code == 2
+        check_one_line_error(other.err, INT8, "not a model of these settings")
+
+
+class TestErrors:
+    def test_a_missing_model_or_log(self, model, capsys, monkeypatch):
+        monkeypatch.delenv("MODEL_DIM")
+        for path, reason in [("none.int8.ptz", "No such file"), (model, f"{model.parent / 'r.txt'} does not exist")]:
+            assert sample.main([str(path)]) == 2
+            check_one_line_error(capsys.readouterr().err, str(path), reason)
+
+    def test_a_missing_tokenizer_or_another(self, model, capsys, monkeypatch):
+        (other := model.with_name("other.model")).write_bytes(train_tokenizer(vocab_size=310))
+        for path, reason in [("none.model", "does not exist"), (other, "has 310 pieces, but VOCAB_SIZE=320")]:
+            monkeypatch.setenv("TOKENIZER_PATH", str(path))
+            assert sample.main([str(model)]) == 2
+            check_one_line_error(capsys.readouterr().err, f"TOKENIZER_PATH={path}", reason)
