@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Print text that a model writes. Its file may be a stranger's .int8.ptz or .npz: nothing in it is run.
+"""Print text that a saved model (.int8.ptz or .npz) generates. Nothing in its file is run, even if it is a stranger's.
 
 Settings and tokenizer come from the environment, or else from the run's log, RUN_ID.txt beside the model.
 
-Each token takes a forward pass over all tokens before it, TRAIN_SEQ_LEN at most. On 2 Linux cores with OpenBLAS, 200
-tokens take half a second with the README's sample model. With the default model they take 7 s, and 70 s after a prompt
-of 600 tokens.
+Each token takes a forward pass over the last TRAIN_SEQ_LEN tokens. On 2 Linux cores with OpenBLAS, 200 tokens take half
+a second with the README's sample model. With the default model they take 7 s, and 70 s after a prompt of 600 tokens.
 """
 
 import argparse
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from score import SCRIPT, load_model, report, require
 
 
 def load_tokenizer(script: Any, args: Any) -> Any:
-    """Raises ValueError if it is missing or of another size, and RuntimeError if it is damaged."""
+    """Raises ValueError if it is missing or has another vocabulary size, and RuntimeError if it is damaged."""
     path = args.tokenizer_path
     require(Path(path).is_file(), f"TOKENIZER_PATH={path} does not exist: set it to the model's tokenizer")
     tokenizer = script.spm.SentencePieceProcessor(model_file=path)
@@ -37,29 +37,31 @@ def next_logits(script: Any, model: Any, tokens: list[int]) -> np.ndarray:
 
 
 def choose(logits: np.ndarray, temperature: float, top_k: int, rng: np.random.Generator) -> int:
-    """A token: the likeliest at temperature 0, else drawn from the top_k likeliest, or from all if top_k is 0."""
-    if temperature == 0:
-        return int(np.argmax(logits))
+    """A token drawn from softmax(logits / temperature). If top_k is above 0, only from the top_k most likely ones."""
     if top_k > 0:
         least = np.sort(logits)[-top_k:][0]
         logits = np.where(logits >= least, logits, -np.inf)
-    noise = rng.gumbel(size=logits.size)  # the largest of logits and this noise is a draw from their softmax
-    return int(np.argmax(logits / temperature + noise))
+    noise = rng.gumbel(size=logits.size)  # the Gumbel-max trick: this argmax is such a draw
+    return int(np.argmax(logits + temperature * noise))
 
 
 def print_new(tokenizer: Any, tokens: list[int], num_printed: int) -> int:
-    """Print the text of these tokens after `num_printed` characters. Returns how many have been printed by then."""
-    text = tokenizer.decode(tokens).rstrip("\ufffd")  # a character whose bytes are not complete yet
-    print(re.sub(r"[\x00-\x1f\x7f-\x9f]", "", text[num_printed:]), end="", flush=True)  # without control characters
+    """Print the text of these tokens after `num_printed` characters. Returns how many are printed now."""
+    text = tokenizer.decode(tokens).rstrip("\ufffd")  # an incomplete UTF-8 character
+    new = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text[num_printed:])  # without control characters
+    print(new, end="", flush=True)
     return len(text)
 
 
 def write_texts(options: argparse.Namespace) -> None:
-    """Print the prompt and what follows, as it is made, `count` times. A text also ends where a document would."""
+    """Print the prompt and its continuation as it is made, `count` times. A text stops early where a document ends."""
+    require(options.temperature >= 0, f"--temperature {options.temperature}: must be at least 0")
     script, args, model = load_model(options.artifact, options.script)
     tokenizer = load_tokenizer(script, args)
-    document_ends = (tokenizer.bos_id(), tokenizer.eos_id())
-    prompt = [token for token in document_ends[:1] if token >= 0] + tokenizer.encode(options.prompt)
+    bos, eos = tokenizer.bos_id(), tokenizer.eos_id()  # -1 if there is none
+    prompt = tokenizer.encode(options.prompt)
+    if bos >= 0:
+        prompt.insert(0, bos)  # as in training
     require(len(prompt) > 0, "this tokenizer has no token to start with: give a --prompt")
     rng = np.random.default_rng(options.seed)
     for _ in range(options.count):
@@ -68,7 +70,7 @@ def write_texts(options: argparse.Namespace) -> None:
         for _ in range(options.tokens):
             logits = next_logits(script, model, tokens[-args.train_seq_len :])
             token = choose(logits, options.temperature, options.top_k, rng)
-            if token in document_ends:
+            if token in (bos, eos):
                 break
             tokens.append(token)
             num_printed = print_new(tokenizer, tokens, num_printed)
@@ -76,15 +78,17 @@ def write_texts(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status: 0 for text, 2 for an error."""
+    """Exit status: 0, or 2 for an error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", type=Path, help="RUN_ID_mlx_model.int8.ptz or RUN_ID_mlx_model.npz")
-    parser.add_argument("--prompt", default="", help="how the text begins")
-    parser.add_argument("--tokens", type=int, default=200, help="tokens to add, at most (200)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token (0.8)")
-    parser.add_argument("--top-k", type=int, default=0, help="draw from the K likeliest tokens only")
-    parser.add_argument("--seed", type=int, default=0, help="another number, another text")
-    parser.add_argument("--count", type=int, default=1, help="texts to write (1)")
+    parser.add_argument("--prompt", default="", help="text to continue")
+    parser.add_argument("--tokens", type=int, default=200, help="maximum number of new tokens (default: 200)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0 always takes the most likely token (default: 0.8)"
+    )
+    parser.add_argument("--top-k", type=int, default=0, help="draw from the K most likely tokens only")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: 0)")
+    parser.add_argument("--count", type=int, default=1, help="number of texts (default: 1)")
     parser.add_argument("--script", type=Path, default=SCRIPT, help="the fork that wrote it: this is code, and is run")
     options = parser.parse_args(arguments)
     sys.stdout.reconfigure(errors="replace")  # for terminals that cannot show every character
@@ -96,6 +100,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:

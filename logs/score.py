@@ -1,11 +1,11 @@
-"""Score an .int8.ptz or .npz that train_gpt_mlx.py wrote, anyone's: nothing in it is run, and no file is written.
-Settings come from the environment, or else from the run's log, RUN_ID.txt beside the model."""
+#!/usr/bin/env python3
+"""Score an .int8.ptz or .npz file that train_gpt_mlx.py wrote. Nothing in it is run, even if it is a stranger's, and no
+file is written. Settings come from the environment, or else from the run's log, RUN_ID.txt beside the model."""
 
 import argparse
 import importlib
 import os
 import re
-import shlex
 import sys
 import time
 import zlib
@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np  # but not MLX: the script loads OpenBLAS before it
 
+from runs import read_log
+
 SCRIPT = Path(__file__).absolute().parents[1] / "train_gpt_mlx.py"
 
 
@@ -27,12 +29,11 @@ def require(condition: bool, message: str) -> None:
 
 
 def import_script(path: Path, log: Path) -> ModuleType:
-    """The script, imported with the settings of a run's log, below its source. Those of the environment come first."""
+    """Import the script with the settings in a run's log. Environment variables come first."""
     sys.dont_write_bytecode = True
     declared = re.findall(r"^    (\w+): \w+ = ", path.read_text(encoding="utf-8"), re.MULTILINE)
-    text = log.read_text(encoding="utf-8", errors="replace").rpartition("=" * 100 + "\n")[2] if log.is_file() else ""
-    for word in shlex.split(" ".join(re.findall(r"^overrides:(.*)", text, re.MULTILINE))):
-        name, _, value = word.partition("=")
+    overrides = read_log(log).overrides if log.is_file() else None
+    for name, value in (overrides or {}).items():
         if name.lower() in declared:  # a stranger's log must not set PATH
             os.environ.setdefault(name, value)
     sys.path.insert(0, str(path.parent))
@@ -99,7 +100,7 @@ def layout(parts: dict) -> Iterator[str]:
 def read_model(script: ModuleType, path: Path, params: dict) -> dict:
     """The flat state in a file, if it is laid out as the script would write these parameters. Raises any error."""
     mx, limit = script.mx, 2**24 + sum(8 * param.size + 1024 for param in params.values())  # bytes
-    if path.suffix == ".npz":
+    if ".npz" in path.suffixes:
         found, expected = {"weights": {}}, {"weights": params}
         with np.lib.npyio.NpzFile(path, allow_pickle=False) as archive:
             require(sum(e.file_size for e in archive.zip.infolist()) <= limit, "larger than a model of these settings")
@@ -115,12 +116,14 @@ def read_model(script: ModuleType, path: Path, params: dict) -> dict:
     its, wanted = set(layout(found)), set(layout(expected))
     differ = [f"{'lacks' if array in wanted else 'has'} {array}" for array in sorted(its ^ wanted)]
     require(not differ, f"not a model of these settings: it {', '.join(differ[:4])}")
-    return found["weights"] if path.suffix == ".npz" else script.dequantize_state_dict_int8(found)
+    return found["weights"] if ".npz" in path.suffixes else script.dequantize_state_dict_int8(found)
 
 
 def load_model(path: Path, script_path: Path) -> tuple[ModuleType, Any, Any]:
     """(script, its settings, its model with the weights in a file). Raises any error."""
-    log = Path(re.sub(r"(_mlx_model)?\.(npz|int8\.ptz)$", "", str(path.resolve(strict=True))) + ".txt")
+    pattern = r"(.*?)(_mlx_model)?(\.npz|\.int8\.ptz)?(\.\d+)?"  # the last is the number of a file moved aside
+    run, _, _, number = re.fullmatch(pattern, str(path.resolve(strict=True))).groups("")
+    log = Path(f"{run}.txt{number}")
     script = import_script(script_path, log)
     args = script.Hyperparameters()
     script.check_settings(args)
@@ -143,7 +146,7 @@ def score(path: Path, script_path: Path) -> None:
     val_loss, val_bpb = script.eval_val(args, compiled_loss, val_tokens, *byte_tables)
     eval_ms = 1000 * (time.perf_counter() - started)
     require(val_loss < float("inf"), f"val_loss is {val_loss}")
-    name = "final_npz" if path.suffix == ".npz" else "final_int8_zlib_roundtrip"
+    name = "final_npz" if ".npz" in path.suffixes else "final_int8_zlib_roundtrip"
     mark = f" val_tokens:{num_scored}/{num_tokens}" if num_scored < num_tokens else ""
     print(f"{name} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} eval_time:{eval_ms:.0f}ms{mark}")
     print(f"{name}_exact val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f}{mark}")
@@ -151,7 +154,9 @@ def score(path: Path, script_path: Path) -> None:
 
 def report(path: Path, error: Exception) -> int:
     """Print what is wrong with a file, in one line. Returns the exit status."""
-    reason = str(error) if isinstance(error, (ValueError, OSError, RuntimeError)) else f"damaged: {error!r}"
+    reason = (
+        str(error) if isinstance(error, (ValueError, OSError, RuntimeError)) else f"{type(error).__name__}: {error}"
+    )
     line = "; ".join(reason.splitlines()).encode("unicode_escape").decode()  # without control characters
     print(f"error: {path}: {line:.1000}", file=sys.stderr)
     return 2

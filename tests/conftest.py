@@ -13,7 +13,7 @@ import sentencepiece as spm
 
 import train_gpt_mlx as tg
 from helpers import learnable_tokens, write_shard
-from runs import Outcome, Process, command, environment
+from programs import Outcome, Process, command, environment
 
 hypothesis.settings.register_profile("busy", deadline=None)  # an example may take as long as a busy machine makes it
 hypothesis.settings.load_profile("busy")

@@ -16,7 +16,7 @@ import pytest
 
 import train_gpt_mlx as tg
 from helpers import REPO, check_one_line_error, snapshot
-from runs import ON_CPU, Outcome, command, environment
+from programs import ON_CPU, Outcome, command, environment
 
 pytestmark = pytest.mark.slow
 

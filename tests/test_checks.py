@@ -7,7 +7,7 @@ import pytest
 
 import train_gpt_mlx as tg
 from helpers import learnable_tokens, write_shard
-from runs import environment
+from programs import environment
 
 NUMBERS = {name.upper() for name, default in tg.settings_of(tg.Hyperparameters).items() if not isinstance(default, str)}
 ANY_SIGN = {"MAX_WALLCLOCK_SECONDS", "WARMDOWN_ITERS", "GRAD_CLIP_NORM", "QK_GAIN_INIT"}

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import compare
-from runs import SCRIPT
+from programs import SCRIPT
+from runs import read_log
 
 RULE = "=" * 100
 SOURCE = "#!/usr/bin/env python3\nimport mlx\nprint(1)\n"
@@ -96,19 +97,19 @@ class TestReading:
         assert (row["status"], row["score"], row["bytes"]) == ("ranked", 2.112, None)
 
     def test_a_log_that_is_cut_off_anywhere(self):
-        for end in range(ORIGINAL.index("iterations:20000") + 20, len(ORIGINAL)):
-            run = compare.read_log(logs(a=ORIGINAL[:end]) / "a.txt")
-            assert run.status() == ("ranked" if "val_bpb:2.1120" in ORIGINAL[:end] else "unfinished")
+        for end in range(ORIGINAL.index("mlx_max_microbatch_tokens"), len(ORIGINAL) + 1):
+            run = read_log(logs(a=ORIGINAL[:end]) / "a.txt")
+            assert run.status() == ("ranked" if "eval_time:90000ms\n" in ORIGINAL[:end] else "unfinished")
 
     def test_a_resumed_run_repeats_steps(self):
-        folder = logs(a=scored(2.2, stop="interrupted"))
-        line = "step:2/20000 train_loss:6.4000 train_time:65000ms step_avg:32500.00ms tok_s:18000\n"
-        with (folder / "a.txt").open("a") as file:
-            file.write(HEAD.replace("print(1)", "print(2)") + CONFIGURATION + line)
-        run = compare.read_log(folder / "a.txt")
-        assert (run.status(), run.steps, run.train_ms) == ("unfinished", "2/20000", 65000)
-        assert [loss for loss, _, _ in run.train.values()] == [6.93, 6.4]
-        assert (run.val, run.source) == ({}, SOURCE.replace("print(1)", "print(2)"))
+        path = logs(a=scored(2.2, stop="interrupted")) / "a.txt"
+        again = "step:3/20000 train_loss:6.1000 train_time:65000ms step_avg:32500.00ms tok_s:18000\n"
+        for lines, losses in [("resume:auto step:2\n", [6.93, 6.5]), (again, [6.93, 6.5, 6.1])]:
+            path.write_text(path.read_text() + HEAD.replace("print(1)", "print(2)") + CONFIGURATION + lines)
+            run = read_log(path)
+            assert (run.status(), run.val_bpb, list(run.train_loss.values())) == ("unfinished", {}, losses)
+            assert run.source == SOURCE.replace("print(1)", "print(2)")
+        assert run.seconds == {1: 30, 2: 60, 3: 65}
 
     def test_a_score_counts_more_than_a_later_quick_look(self, capsys):
         again = HEAD + CONFIGURATION + RESULT.partition("payload_ratio:3.90x)\n")[2]
@@ -141,15 +142,13 @@ class TestTable:
         assert " (1.1000) " in lines["quick"] and lines["quick"].endswith("  quick look")
 
     def test_settings_that_differ(self, capsys):
-        overrides = "RUN_ID={} DATA_PATH='my data/x' MODEL_DIM=96"
-        first, second, third = rows(
-            capsys,
-            a=scored(2.1, overrides.format("a") + " MAX_WALLCLOCK_SECONDS=0.0").replace("dim:512", "dim:96"),
-            b=scored(2.2, overrides.format("b") + " MATRIX_LR=0.01").replace("matrix_lr:0.04", "matrix_lr:0.01"),
-            c=scored(2.3, overrides.format("c")),
-        )
-        assert first["settings"] == {"MAX_WALLCLOCK_SECONDS": "0"}
-        assert (second["settings"], third["settings"]) == ({"MATRIX_LR": "0.01"}, {})
+        overrides = "RUN_ID={} DATA_PATH='my data/v1.0' MODEL_DIM=96"
+        no_cap = scored(2.1, overrides.format("a") + " MAX_WALLCLOCK_SECONDS=0.0").replace("600.000\n", "0.000\n")
+        logs(a=no_cap, b=scored(2.2, overrides.format("b") + " TOKENIZER_PATH='x y'").replace("tokenizers/fine", "x y"))
+        first, second, third = rows(capsys, c=scored(2.3, overrides.format("c")))
+        assert first["settings"] == {"MAX_WALLCLOCK_SECONDS": "0.0"}
+        assert (second["settings"], third["settings"]) == ({"TOKENIZER_PATH": "x y"}, {})
+        assert "TOKENIZER_PATH='x y'" in printed(capsys)
 
     def test_settings_of_logs_without_overrides(self, capsys):
         first, second = rows(capsys, a=ORIGINAL, b=ORIGINAL.replace("layers:9", "layers:10"))
@@ -171,10 +170,10 @@ class TestTable:
     @pytest.mark.parametrize("width", [30, 60, 80, 120, 200])
     def test_it_fits_the_terminal(self, monkeypatch, width, capsys):
         monkeypatch.setenv("COLUMNS", str(width))
-        logs(a_run_with_a_long_name=scored(2.1, "MATRIX_LR=0.01 MODEL_DIM=96 TIED_EMBED_LR=0.1"), b=scored(2.2))
+        logs(a_run_with_a_long_name=scored(2.1, "BETA1=0.8 BETA2=0.9 DATA_PATH=/a-long/path"), b=scored(2.2))
         text = printed(capsys)
         assert max(map(len, text.splitlines())) <= width
-        assert " ".join(text.split()).count("MATRIX_LR=0.01 MODEL_DIM=96 TIED_EMBED_LR=0.1") == 1
+        assert " ".join(text.split()).count("BETA1=0.8 BETA2=0.9 DATA_PATH=/a-long/path") == 1
 
     def test_csv_and_json_say_the_same(self, capsys):
         logs(a=scored(2.1, "SEED=7"), b=HEAD + CONFIGURATION)
@@ -190,13 +189,13 @@ class TestDifferences:
         logs(a=scored(2.1), b=changed.replace("layers:9", "layers:10"))
         lines = printed(capsys, "--diff", "a", "b").splitlines()
         assert lines[0] == "score: 2.1000 -> 2.3000 (+0.2000)"
-        assert "SEED: not logged -> 7" in lines
+        assert "SEED: default -> 7" in lines and "status: ranked -> ranked" in lines
         for line in ("-Running MLX 0.31.0", "+Running MLX 0.32.4", "-print(1)", "+print(2)", " import mlx"):
             assert line in lines
 
     def test_what_is_the_same_is_said_so(self, capsys):
         logs(a=scored(2.1), b=scored(2.1))
-        assert printed(capsys, "--diff", "a", "b").splitlines()[1:] == ["versions: the same", "source: the same"]
+        assert printed(capsys, "--diff", "a", "b").splitlines()[2:] == ["versions: identical", "source: identical"]
 
     def test_colors_are_for_terminals(self, monkeypatch, capsys):
         logs(a=scored(2.1), b=scored(2.1).replace("print(1)", "print(2)"))
@@ -218,20 +217,20 @@ class TestCurves:
 
     def test_losses_and_scores_over_steps_and_over_time(self):
         first = "step:0/20000 val_loss:6.9000 val_bpb:4.1000 train_time:0ms step_avg:0.00ms\n"
-        folder = logs(a=scored(2.15).replace("warmup_step", first + "warmup_step"), b=HEAD + CONFIGURATION + TRAINING)
-        figure = compare.draw([compare.read_log(folder / f"{name}.txt") for name in "ab"])
+        logs(a=scored(2.15).replace("warmup_step", first + "warmup_step"), b=HEAD + CONFIGURATION + TRAINING)
+        figure = compare.draw(compare.read_logs(["a", "b"]))
         curves = [[(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines] for axes in figure.axes]
         losses, losses_in_time, scores, scores_in_time = curves
         assert losses == [([1, 2, 3], [6.93, 6.5, 6.0])] * 4  # points and a line, of a and of b
         assert losses_in_time == [([30, 60, 600], [6.93, 6.5, 6.0])] * 4
         assert scores == [([0, 3], [4.1, 2.1]), ([3], [2.15]), ([], [])]  # validation of a, its score, none of b
         assert scores_in_time == [([0, 600], [4.1, 2.1]), ([600], [2.15]), ([], [])]
-        assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b (unfinished)"]
         assert len({line.get_color() for line in figure.axes[0].lines}) == 2
 
     def test_the_line_is_smooth(self):
         steps = "".join(f"step:{i}/99 train_loss:{5 + i % 2} train_time:{i}ms step_avg:1ms\n" for i in range(100))
-        figure = compare.draw([compare.read_log(logs(a=HEAD + CONFIGURATION + steps) / "a.txt")])
+        figure = compare.draw([read_log(logs(a=HEAD + CONFIGURATION + steps) / "a.txt")])
         points, line = (line.get_ydata() for line in figure.axes[0].lines)
         assert max(abs(loss - 5.5) for loss in points) == 0.5
         assert max(abs(loss - 5.5) for loss in line) < 0.1
@@ -268,7 +267,7 @@ class TestRealRuns:
         settings = dict(checkpoint_every=1, resume="auto")
         run(iterations=3, **settings)
         done = run(iterations=5, **settings)
-        read = compare.read_log(done.folder / "r.txt")
-        assert (read.steps, list(read.train), read.status()) == ("5/5", [1, 2, 3, 4, 5], "ranked")
+        read = read_log(done.folder / "r.txt")
+        assert (read.steps, list(read.train_loss), read.status()) == ("5/5", [1, 2, 3, 4, 5], "ranked")
         assert f"{read.score:.8f}" in done.lines("^final_.*_exact")[0]
         assert read.source == SCRIPT.read_text(encoding="utf-8")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from helpers import REPO, learnable_tokens, write_shard
-from runs import ON_CPU, SCRIPT, Outcome, Process, command, environment
+from programs import ON_CPU, SCRIPT, Outcome, Process, command, environment
 
 pytestmark = pytest.mark.slow
 

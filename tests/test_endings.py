@@ -16,7 +16,7 @@ import pytest
 
 import train_gpt_mlx as tg
 from helpers import REPO, check_one_line_error, learnable_tokens, write_shard
-from runs import SCRIPT, Outcome, Process, command, environment
+from programs import SCRIPT, Outcome, Process, command, environment
 
 pytestmark = pytest.mark.slow
 

@@ -17,7 +17,7 @@ import sentencepiece as spm
 import train_gpt_mlx as tg
 from conftest import train_tokenizer
 from helpers import REPO, WORDS, check_one_line_error, snapshot, tokens_of
-from runs import ON_CPU
+from programs import ON_CPU
 
 pytestmark = pytest.mark.slow
 TEXTS = []

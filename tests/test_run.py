@@ -20,7 +20,7 @@ from mlx.utils import tree_unflatten
 
 import train_gpt_mlx as tg
 from helpers import REPO, build_model, settings
-from runs import MODEL, ON_CPU, SCRIPT
+from programs import MODEL, ON_CPU, SCRIPT
 
 pytestmark = pytest.mark.slow
 

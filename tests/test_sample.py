@@ -12,7 +12,7 @@ import sample
 import train_gpt_mlx as tg
 from conftest import train_tokenizer
 from helpers import REPO, check_one_line_error, stir
-from runs import MODEL, SCRIPT, environment
+from programs import MODEL, SCRIPT, environment
 
 SAMPLE = (str(REPO / "logs/sample.py"),)
 UNSET = dict.fromkeys([*MODEL, "data_path", "tokenizer_path", "run_id", "out_dir", "compute_dtype"])

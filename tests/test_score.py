@@ -14,7 +14,7 @@ import pytest
 import score
 import train_gpt_mlx as tg
 from helpers import REPO, snapshot
-from runs import MODEL, SCRIPT, environment
+from programs import MODEL, SCRIPT, environment
 
 pytestmark = pytest.mark.slow
 SCORE = (str(REPO / "logs/score.py"),)
@@ -44,7 +44,7 @@ class TestRuns:
 
     def test_log_counts_below_its_last_source_and_for_declared_settings(self, tmp_path, monkeypatch):
         monkeypatch.setattr(os, "environ", {})
-        head = 'overrides:{overrides(args)}"""\n' + "=" * 100 + "\nMLX 1\n" + "=" * 100 + "\nrun_id:r\n"
+        head = 'overrides:{overrides(args)}"""\n' + "=" * 100 + "\nPython 3\nMLX 1\n" + "=" * 100 + "\niterations:1\n"
         (log := tmp_path / "r.txt").write_text(f"{head}overrides:SEED=4\n{head}overrides:PATH=/x SEED=2 RUN_ID='a b'\n")
         score.import_script(SCRIPT, log)
         assert os.environ == {"SEED": "2", "RUN_ID": "a b"}

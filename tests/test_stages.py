@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 
 import train_gpt_mlx as tg
 from helpers import settings, stir
-from runs import MODEL
+from programs import MODEL
 
 
 @pytest.fixture
