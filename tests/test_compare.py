@@ -13,7 +13,7 @@ from programs import SCRIPT
 from runs import read_log
 
 RULE = "=" * 100
-SOURCE = "#!/usr/bin/env python3\nimport mlx\nprint(1)\n"
+SOURCE = "#!/usr/bin/env python3\nprint(1)\niterations:{π}\n"
 HEAD = f"{SOURCE}\n{RULE}\nRunning Python 3.11.7 (main)\nRunning MLX 0.31.0\n{RULE}\n"
 CONFIGURATION = """\
 run_id:a
@@ -32,7 +32,7 @@ compute_dtype:mlx.core.bfloat16 compile:True
 """
 TRAINING = """\
 warmup_step:1/20
-step:1/20000 train_loss:6.9300 train_time:30000ms step_avg:30000.00ms tok_s:17000
+step:1/20000 train_loss:6.9300 train_time:30000ms step_avg:30000.00ms tok_s:9000
 step:2/20000 train_loss:6.5000 train_time:60000ms step_avg:30000.00ms tok_s:18000
 step:3/20000 train_loss:6.0000 train_time:600000ms step_avg:200000.00ms tok_s:19000
 """
@@ -51,15 +51,16 @@ MARK = " val_tokens:1000/62021632"  # of a score of a part of the validation spl
 def scored(score: float, overrides: str = "", mark: str = "", stop: str = "wallclock_cap") -> str:
     """A log with this score and this project's additional lines."""
     text = ORIGINAL.replace("compute_dtype", f"overrides:{overrides}\nunknown:1 x:2\ncompute_dtype")
-    text = text.replace("wallclock_cap", stop).replace("2.11200000", f"{score:.8f}{mark}")
+    text = text.replace("wallclock_cap", stop).replace("Running Python", "fork\nRunning Python")
+    text = text.replace("2.11200000", f"{score:.8f}{mark}")
     return text.replace("2.1120 eval_time:90000ms", f"{score:.4f} eval_time:90000ms{mark}")
 
 
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path, monkeypatch):
-    """Takes the place of logs/, and a wide terminal that of the tests'."""
+    """Takes the place of logs/. There is no terminal."""
     monkeypatch.setattr(compare, "LOGS", tmp_path)
-    monkeypatch.setenv("COLUMNS", "1000")
+    monkeypatch.delenv("COLUMNS", raising=False)
 
 
 def logs(**texts: str) -> Path:
@@ -85,7 +86,7 @@ class TestReading:
         (row,) = rows(capsys, a=ORIGINAL)
         assert (row["status"], row["steps"], row["stop"], row["seconds"]) == ("ranked", "3/20000", "wallclock_cap", 600)
         assert (row["tok/s"], row["before"], row["score"], row["change"]) == (18000, 2.1, 2.112, 0.012)
-        assert (row["bytes"], row["room"]) == (15_000_000 + len(SOURCE), 1_000_000 - len(SOURCE))
+        assert row["bytes"] == 15_000_000 + len(SOURCE.encode()) == 16_000_000 - row["room"]
 
     def test_more_lines_and_fields(self, capsys):
         text = scored(2.2).replace("tok_s:18000", "tok_s:18000 lr_mul:1").replace(" train_time", " grad:1 train_time")
@@ -93,8 +94,8 @@ class TestReading:
         assert (row["seconds"], row["tok/s"], row["score"], row["room"]) == (600, 18000, 2.2, 100_000)
 
     def test_output_of_the_console_without_a_source(self, capsys):
-        (row,) = rows(capsys, a=CONFIGURATION + TRAINING + RESULT)
-        assert (row["status"], row["score"], row["bytes"]) == ("ranked", 2.112, None)
+        (row,) = rows(capsys, a=TRAINING.replace(" tok_s", " x") + RESULT)
+        assert (row["status"], row["score"], row["bytes"], row["tok/s"]) == ("ranked", 2.112, None, None)
 
     def test_a_log_that_is_cut_off_anywhere(self):
         for end in range(ORIGINAL.index("mlx_max_microbatch_tokens"), len(ORIGINAL) + 1):
@@ -112,13 +113,15 @@ class TestReading:
         assert run.seconds == {1: 30, 2: 60, 3: 65}
 
     def test_a_score_counts_more_than_a_later_quick_look(self, capsys):
-        again = HEAD + CONFIGURATION + RESULT.partition("payload_ratio:3.90x)\n")[2]
-        first, second = rows(capsys, a=scored(2.2) + again.replace("\n", f"{MARK}\n"), b=scored(1.9, mark=MARK) + again)
-        assert (first["run"], first["score"], first["status"]) == ("b", 2.112, "ranked")
-        assert (second["run"], second["score"], second["status"]) == ("a", 2.2, "ranked")
+        again = HEAD + CONFIGURATION + RESULT.partition("67000000\n")[2].replace(":15", ":14")
+        look = re.sub("(final_.*)", f"\\1{MARK}", again.replace("2.112", "2.111"))
+        logs(a=scored(2.2) + look, b=scored(1.9, mark=MARK) + again, c=scored(1.9, mark=MARK) + look)
+        scores = [(row["run"], row["score"], row["status"]) for row in rows(capsys)]
+        assert scores == [("b", 2.112, "ranked"), ("a", 2.2, "ranked"), ("c", 2.111, "quick look")]
+        assert rows(capsys)[0]["bytes"] == 14_000_000 + len(SOURCE.encode())
 
     def test_what_is_no_log_of_a_run_is_named_and_skipped(self, capsys):
-        folder = logs(a=ORIGINAL, notes="buy milk", source_only=HEAD[:60])
+        folder = logs(a=ORIGINAL, notes="buy milk", source_only=HEAD[:80])
         (folder / "binary.txt").write_bytes(bytes(range(256)))
         compare.main([])
         out, err = capsys.readouterr()
@@ -129,7 +132,7 @@ class TestReading:
 
 class TestTable:
     def test_ranked_scores_come_first_and_others_are_in_parentheses(self, capsys):
-        unfinished = HEAD + CONFIGURATION + TRAINING
+        unfinished = HEAD + CONFIGURATION + RESULT.splitlines(True)[0] + TRAINING
         logs(worse=scored(2.2), best=scored(2.1), quick=scored(1.1, mark=MARK), stopped=scored(1.2, stop="interrupted"))
         logs(killed=unfinished, failed=unfinished + "error: after step 3 train_loss is not finite\n")
         logs(ended=unfinished + "error: interrupted by SIGINT during warmup: no score\n")
@@ -138,27 +141,28 @@ class TestTable:
         statuses = {row["run"]: row["status"] for row in rows(capsys)}
         assert list(statuses.items()) == [*ranked.items(), *others.items(), ("stopped", "interrupted")]
         lines = {line.split()[0]: line for line in printed(capsys).splitlines()}
-        assert " 2.1000 " in lines["best"] and lines["best"].endswith("  wallclock_cap")
+        assert lines["best"].split()[1:6] == ["3/20000", "600", "18000", "2.1000", "2.1000"]
+        assert lines["best"].endswith(" +0.0000 15,000,048 999,952  wallclock_cap")
         assert " (1.1000) " in lines["quick"] and lines["quick"].endswith("  quick look")
 
     def test_settings_that_differ(self, capsys):
-        overrides = "RUN_ID={} DATA_PATH='my data/v1.0' MODEL_DIM=96"
-        no_cap = scored(2.1, overrides.format("a") + " MAX_WALLCLOCK_SECONDS=0.0").replace("600.000\n", "0.000\n")
-        logs(a=no_cap, b=scored(2.2, overrides.format("b") + " TOKENIZER_PATH='x y'").replace("tokenizers/fine", "x y"))
-        first, second, third = rows(capsys, c=scored(2.3, overrides.format("c")))
+        no_cap = scored(2.1, "RUN_ID=a OUT_DIR=x RESUME=auto MAX_WALLCLOCK_SECONDS=0.0").replace("600.000\n", "0.000\n")
+        moved = scored(2.2, "RUN_ID=b TOKENIZER_PATH='my v1.0'").replace("tokenizers/fine", "my v1.0")
+        first, second, third = rows(capsys, a=no_cap, b=moved, c=scored(2.3))
         assert first["settings"] == {"MAX_WALLCLOCK_SECONDS": "0.0"}
-        assert (second["settings"], third["settings"]) == ({"TOKENIZER_PATH": "x y"}, {})
-        assert "TOKENIZER_PATH='x y'" in printed(capsys)
+        assert (second["settings"], third["settings"]) == ({"TOKENIZER_PATH": "my v1.0"}, {})
+        assert "TOKENIZER_PATH='my v1.0'" in printed(capsys)
 
     def test_settings_of_logs_without_overrides(self, capsys):
-        first, second = rows(capsys, a=ORIGINAL, b=ORIGINAL.replace("layers:9", "layers:10"))
-        assert (first["settings"], second["settings"]) == ({"NUM_LAYERS": "9"}, {"NUM_LAYERS": "10"})
+        first, second = rows(capsys, a=ORIGINAL, b=re.sub("(layers|dim|muon_steps):", r"\1:1", ORIGINAL))
+        assert first["settings"] == {"NUM_LAYERS": "9", "MODEL_DIM": "512", "MUON_BACKEND_STEPS": "5"}
+        assert second["settings"] == {"NUM_LAYERS": "19", "MODEL_DIM": "1512", "MUON_BACKEND_STEPS": "15"}
 
     def test_all_logs_of_the_folder_also_those_moved_aside(self, capsys):
         folder = logs(a=scored(2.1))
-        (folder / "a.txt.1").write_text(scored(2.2))
+        (folder / "a.txt.12").write_text(scored(2.2))
         (folder / "a_mlx_model.npz").write_bytes(b"x")
-        assert re.findall(r"^\S+", printed(capsys), re.M) == ["run", "a", "a.txt.1"]
+        assert re.findall(r"^\S+", printed(capsys), re.M) == ["run", "a", "a.txt.12"]
 
     def test_some_runs_by_name_or_path(self, capsys):
         path = logs(a=scored(2.1), b=scored(2.2), c=scored(2.3)) / "c.txt"
@@ -167,12 +171,13 @@ class TestTable:
         compare.main(["a", "nothing"])
         assert "nothing: No such file" in capsys.readouterr().err
 
-    @pytest.mark.parametrize("width", [30, 60, 80, 120, 200])
+    @pytest.mark.parametrize("width", [30, 60, 80, 120])
     def test_it_fits_the_terminal(self, monkeypatch, width, capsys):
         monkeypatch.setenv("COLUMNS", str(width))
         logs(a_run_with_a_long_name=scored(2.1, "BETA1=0.8 BETA2=0.9 DATA_PATH=/a-long/path"), b=scored(2.2))
         text = printed(capsys)
         assert max(map(len, text.splitlines())) <= width
+        assert "2.1000" in text and ("952" in text) == (width > 30)  # figures are whole
         assert " ".join(text.split()).count("BETA1=0.8 BETA2=0.9 DATA_PATH=/a-long/path") == 1
 
     def test_csv_and_json_say_the_same(self, capsys):
@@ -185,33 +190,33 @@ class TestTable:
 
 class TestDifferences:
     def test_scores_settings_versions_and_source(self, capsys):
-        changed = scored(2.3, "SEED=7").replace("print(1)", "print(2)").replace("MLX 0.31.0", "MLX 0.32.4")
-        logs(a=scored(2.1), b=changed.replace("layers:9", "layers:10"))
-        lines = printed(capsys, "--diff", "a", "b").splitlines()
-        assert lines[0] == "score: 2.1000 -> 2.3000 (+0.2000)"
-        assert "SEED: default -> 7" in lines and "status: ranked -> ranked" in lines
-        for line in ("-Running MLX 0.31.0", "+Running MLX 0.32.4", "-print(1)", "+print(2)", " import mlx"):
-            assert line in lines
+        changed = scored(2.3, "SEED=7 NUM_LAYERS=10").replace("layers:9", "layers:10")
+        logs(a=scored(2.1), b=changed.replace("print(1)", "print(2)").replace("MLX 0.31.0", "MLX 0.32.4"))
+        lines = set(printed(capsys, "--diff", "a", "b").splitlines())
+        assert lines >= {"score: 2.1000 -> 2.3000 (+0.2000)", "status: ranked -> ranked"}
+        assert lines >= {"SEED: default -> 7", "NUM_LAYERS: 9 -> 10", "-Running MLX 0.31.0", "+Running MLX 0.32.4"}
+        assert lines >= {"--- a: source", "+++ b: source", "-print(1)", "+print(2)", " iterations:{π}"}
 
     def test_what_is_the_same_is_said_so(self, capsys):
-        logs(a=scored(2.1), b=scored(2.1))
-        assert printed(capsys, "--diff", "a", "b").splitlines()[2:] == ["versions: identical", "source: identical"]
+        logs(a=ORIGINAL, b=HEAD + CONFIGURATION)
+        assert printed(capsys, "--diff", "a", "b").splitlines()[1:] == ["versions: identical", "source: identical"]
 
     def test_colors_are_for_terminals(self, monkeypatch, capsys):
-        logs(a=scored(2.1), b=scored(2.1).replace("print(1)", "print(2)"))
+        logs(a=scored(2.2), b=scored(2.1).replace("print(1)", "print(2)"))
         assert "\x1b" not in printed(capsys, "--diff", "a", "b")
         monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
         assert "\x1b[31m-print(1)\x1b[0m\n\x1b[32m+print(2)\x1b[0m\n" in printed(capsys, "--diff", "a", "b")
 
-    def test_both_logs_are_needed(self):
+    def test_runs_that_are_missing_are_an_error(self):
         logs(a=scored(2.1))
-        with pytest.raises(SystemExit, match="error: "):
-            compare.main(["--diff", "a", "nothing"])
+        for arguments in (["nothing"], ["--diff", "a", "nothing"], ["--diff", "a", "a", "a"]):
+            with pytest.raises(SystemExit, match="error: "):
+                compare.main(arguments)
 
 
 class TestCurves:
     def test_a_picture_is_written(self, tmp_path, capsys):
-        logs(a=scored(2.1), b=HEAD + CONFIGURATION)
+        logs(a=scored(2.1), b=HEAD + CONFIGURATION + RESULT.partition("\n")[2])
         printed(capsys, "--plot", tmp_path / "curves.png")
         assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
@@ -226,7 +231,7 @@ class TestCurves:
         assert scores == [([0, 3], [4.1, 2.1]), ([3], [2.15]), ([], [])]  # validation of a, its score, none of b
         assert scores_in_time == [([0, 600], [4.1, 2.1]), ([600], [2.15]), ([], [])]
         assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b (unfinished)"]
-        assert len({line.get_color() for line in figure.axes[0].lines}) == 2
+        assert [line.get_color() + line.get_marker() for line in figure.axes[0].lines[::2]] == ["C0o", "C1s"]
 
     def test_the_line_is_smooth(self):
         steps = "".join(f"step:{i}/99 train_loss:{5 + i % 2} train_time:{i}ms step_avg:1ms\n" for i in range(100))
@@ -264,9 +269,8 @@ class TestRealRuns:
         assert second["settings"] == {"MATRIX_LR": "0.01", "VAL_MAX_TOKENS": "32"}
 
     def test_a_resumed_run(self, run):
-        settings = dict(checkpoint_every=1, resume="auto")
-        run(iterations=3, **settings)
-        done = run(iterations=5, **settings)
+        for iterations in (3, 5):
+            done = run(iterations=iterations, checkpoint_every=1, resume="auto")
         read = read_log(done.folder / "r.txt")
         assert (read.steps, list(read.train_loss), read.status()) == ("5/5", [1, 2, 3, 4, 5], "ranked")
         assert f"{read.score:.8f}" in done.lines("^final_.*_exact")[0]

@@ -42,6 +42,14 @@ class TestRuns:
         again = run(str(done.folder / INT8), script=SCORE, val_max_tokens=32, **UNSET)
         assert [line.split()[-1] for line in again.out] == ["val_tokens:32/400"] * 2
 
+    def test_the_log_is_found_from_a_link_and_for_a_model_that_was_moved_aside(self, run, tmp_path):
+        first, second = (run(**SIZES, logit_softcap=cap) for cap in (7.5, 8))
+        (tmp_path / "x.int8.ptz").symlink_to(second.folder / INT8)
+        for path, done in [(f"out/{INT8}.1", first), ("x.int8.ptz", second)]:
+            assert run(path, script=SCORE, **UNSET).out[1] == done.lines("^final_.*_exact")[0]
+        npz = scores(run(f"out/{NPZ}.1", script=SCORE, **UNSET).out)
+        assert npz[1:3] == scores(first.lines("^step:2/2 val_loss"))
+
     def test_log_counts_below_its_last_source_and_for_declared_settings(self, tmp_path, monkeypatch):
         monkeypatch.setattr(os, "environ", {})
         head = 'overrides:{overrides(args)}"""\n' + "=" * 100 + "\nPython 3\nMLX 1\n" + "=" * 100 + "\niterations:1\n"
@@ -60,7 +68,8 @@ class TestRuns:
 
     def test_ctrl_c_ends_it(self, run, tmp_path):
         (tmp_path / "fork.py").write_text("raise KeyboardInterrupt")
-        assert run("fork.py", "--script", "fork.py", script=SCORE).code == 130
+        for tool in (SCORE, (str(REPO / "logs/sample.py"),)):
+            assert run("fork.py", "--script", "fork.py", script=tool).code == 130
 
 
 @pytest.fixture
