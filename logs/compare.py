@@ -5,7 +5,7 @@
   python logs/compare.py --diff sample wide  what differs: score, settings, versions, and the source of the script
   python logs/compare.py --plot curves.png   training loss and val_bpb, over steps and over training time
 
-Scores in parentheses are not ranked: these runs did not finish, or were scored on a part of the validation split.
+Scores in parentheses are not ranked: these runs did not finish, or were scored on part of the validation split.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def shown_settings(run: Run) -> dict[str, str]:
 def differing_settings(runs: list[Run]) -> list[str]:
     """The names of the shown settings that differ between runs."""
     names = {name for run in runs for name in shown_settings(run)} - {"RUN_ID", "OUT_DIR", "RESUME"}
-    logged = [shown_settings(run) | run.settings for run in runs]
+    logged = [run.settings | shown_settings(run) for run in runs]
     return sorted(name for name in names if len({settings.get(name) for settings in logged}) > 1)
 
 
@@ -71,32 +71,33 @@ def row(run: Run, differing: list[str]) -> dict[str, Any]:
 
 
 def texts(row: dict[str, Any]) -> dict[str, str]:
-    """The cells of a row, and a note: why the run ended or is not ranked, and its settings."""
+    """The cells of a row, and a note: why the run ended early or is not ranked, and its settings."""
     cells = {"run": row["run"], "steps": row["steps"]}
     for column, form in FORMATS.items():
         cells[column] = "" if row[column] is None else format(row[column], form)
     notes = [row["stop"]]
     if row["status"] != "ranked":
         notes = [row["status"]]
-        cells["score"] = cells["score"] and f"({cells['score']})"
-    if cells["room"].startswith("-"):
+        if cells["score"]:
+            cells["score"] = f"({cells['score']})"
+    if row["room"] is not None and row["room"] < 0:
         notes.append("over the cap")
     notes.append(" ".join(f"{name}={shlex.quote(value)}" for name, value in row["settings"].items()))
     return cells | {"note": ", ".join(filter(None, notes))}
 
 
 def line_length(sizes: dict[str, int]) -> int:
-    """Of columns of these sizes and the spaces between them."""
+    """The length of a line with columns of these sizes."""
     return sum(sizes.values()) + len(sizes) - 1
 
 
 def table(rows: list[dict[str, Any]], width: int) -> Iterator[str]:
-    """Lines of `width` characters at most. Notes that do not fit beside the rows go below them."""
+    """Lines of at most `width` characters, from about 25 up. Notes that do not fit beside the rows go below them."""
     heading = {column: column for column in ("run", "steps", *FORMATS)}
     lines = [heading | {"note": ""}, *map(texts, rows)]
     sizes = {column: max(len(line[column]) for line in lines) for column in heading}
     excess = max(line_length(sizes) - width, 0)
-    sizes["run"] = max(sizes["run"] - excess, min(sizes["run"], 8))
+    sizes["run"] = max(sizes["run"] - excess, min(sizes["run"], 8))  # shorten names, to 8 characters at least
     for column in ("seconds", "tok/s", "before", "change", "bytes", "room"):
         if line_length(sizes) > width:
             del sizes[column]
@@ -111,7 +112,8 @@ def table(rows: list[dict[str, Any]], width: int) -> Iterator[str]:
             cells.append(f" {line['note']}")
         yield " ".join(cells).rstrip()
         if not is_wide:
-            yield from textwrap.wrap(line["note"], width, initial_indent="  ", subsequent_indent="  ")
+            indent = {"initial_indent": "  ", "subsequent_indent": "  "}
+            yield from textwrap.wrap(line["note"], width, break_on_hyphens=False, **indent)
 
 
 def differences(a: Run, b: Run) -> Iterator[str]:
@@ -123,7 +125,7 @@ def differences(a: Run, b: Run) -> Iterator[str]:
         values = []
         for run in (a, b):
             unlogged = "not logged" if run.overrides is None else "default"
-            values.append((shown_settings(run) | run.settings).get(name, unlogged))
+            values.append((run.settings | shown_settings(run)).get(name, unlogged))
         yield f"{name}: {values[0]} -> {values[1]}"
     for part in ("versions", "source"):
         before, after = getattr(a, part).splitlines(), getattr(b, part).splitlines()
@@ -133,20 +135,20 @@ def differences(a: Run, b: Run) -> Iterator[str]:
 
 def draw(runs: list[Run]) -> Any:
     """A matplotlib figure of curves, with a color and a marker for each run. Large markers are scores."""
-    from matplotlib.figure import Figure  # here, because nothing else needs it
+    from matplotlib.figure import Figure  # here, because only --plot needs it
 
     figure = Figure(figsize=(11, 8), layout="constrained")
     axes = figure.subplots(2, 2, sharex="col", sharey="row")
     for number, run in enumerate(runs):
-        style = {"color": f"C{number % 10}", "marker": "osD^vP*X<>"[(number + number // 10) % 10]}
+        style = {"color": f"C{number % 10}", "marker": "osD^vP*X<>h"[number % 11]}
         label = run.name if run.status() == "ranked" else f"{run.name} ({run.status()})"
         losses = list(run.train_loss.values())
         reach = len(losses) // 20
         smooth = [statistics.fmean(losses[max(i - reach, 0) : i + reach + 1]) for i in range(len(losses))]
         for column in (0, 1):  # over steps, over seconds
-            loss_x, val_x = list(run.train_loss), list(run.val_bpb)
-            if column == 1:
-                loss_x, val_x = ([run.seconds[step] for step in steps] for steps in (loss_x, val_x))
+            x = run.seconds if column == 1 else {step: step for step in run.seconds}
+            loss_x = [x[step] for step in run.train_loss]
+            val_x = [x[step] for step in run.val_bpb]
             loss_axes, val_axes = axes[:, column]
             loss_axes.plot(loss_x, losses, linestyle="", markersize=3, alpha=0.4, **style)
             loss_axes.plot(loss_x, smooth, color=style["color"])
@@ -188,7 +190,8 @@ def show(runs: list[Run], options: argparse.Namespace) -> None:
     elif options.json:
         print(json.dumps(rows, indent=2))
     elif options.csv:
-        writer = csv.DictWriter(sys.stdout, [*list(rows[0])[:-1], *differing], extrasaction="ignore")
+        columns = [name for name in rows[0] if name != "settings"] + differing
+        writer = csv.DictWriter(sys.stdout, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(row | row["settings"] for row in rows)
     elif options.diff:
@@ -225,4 +228,5 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
+    sys.stdout.reconfigure(errors="replace")  # for terminals that cannot show every character
     main(sys.argv[1:])

@@ -1,7 +1,7 @@
-"""Read the log of a run, of train_gpt_mlx.py or of a fork.
+"""Read the log of a run of train_gpt_mlx.py or a fork.
 
 A log holds the script's source, the versions between two rules, and log lines. Resuming appends all three again. Forks
-may log other lines, and more fields. A log may be cut off anywhere.
+may log other lines and more fields. A log may be cut off anywhere.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from pathlib import Path
 
 VERSIONS = re.compile(r"\n={100}\n((?:.*\n)?.*Python (?s:.*?))\n={100}\n")
 NUM = r"([\d.]+)"
-STEP = re.compile(rf"step:(\d+)(/\d+) \w+_loss:{NUM}(?: val_bpb:{NUM})?.*? train_time:{NUM}ms(?:.* tok_s:{NUM})?")
+STEP = re.compile(rf"step:((\d+)/\d+) \w+_loss:{NUM}(?: val_bpb:{NUM})?.*? train_time:{NUM}ms(?:.* tok_s:{NUM})?")
 CONFIGURATION = ("tokenizer_path:", "model_params:", "iterations:", "mlx_max_", "world_size:", "optimizer:", "compute_")
 SETTINGS = {"layers": "NUM_LAYERS", "dim": "MODEL_DIM", "heads": "NUM_HEADS", "kv_heads": "NUM_KV_HEADS"}
 SETTINGS |= {"seq_len": "TRAIN_SEQ_LEN", "embed_lr": "TIED_EMBED_LR", "muon_steps": "MUON_BACKEND_STEPS"}
@@ -30,11 +30,11 @@ class Run:
     steps: str = ""  # "20/20000"
     train_loss: dict[int, float] = field(default_factory=dict)  # {step: nats per token}
     val_bpb: dict[int, float] = field(default_factory=dict)  # {step: bits per byte before compression}
-    seconds: dict[int, float] = field(default_factory=dict)  # {step: training time until then}
+    seconds: dict[int, float] = field(default_factory=dict)  # {step: training time so far}
     tok_s: dict[int, float] = field(default_factory=dict)  # {step: tokens per second}
     stop: str = ""  # why it ended before ITERATIONS: "wallclock_cap", "interrupted", "failed"
     score: float | None = None  # bits per byte after compression
-    is_quick: bool = False  # whether only a part of the validation split was scored
+    is_quick: bool = False  # whether only part of the validation split was scored
     total_bytes: int | None = None  # script and compressed model
 
     def status(self) -> str:
@@ -50,7 +50,7 @@ class Run:
         for points in (self.train_loss, self.val_bpb, self.seconds, self.tok_s):
             for later in [number for number in points if number > step]:
                 del points[later]
-        self.stop, self.score = "", None
+        self.stop, self.score, self.total_bytes = "", None, None
 
 
 def read_log(path: Path, name: str = "") -> Run:
@@ -61,18 +61,13 @@ def read_log(path: Path, name: str = "") -> Run:
     if not parts:
         read_lines(run, source)
     start = source[:20]
-    for run.versions, part in zip(parts[::2], parts[1::2], strict=True):
-        lines, *next_source = part.partition(start)
-        run.source, source = source, "".join(next_source) or source
+    for versions, part in zip(parts[::2], parts[1::2], strict=True):
+        lines, found, rest = part.partition(start)
+        run.versions, run.source = versions, source
+        source = found + rest or source  # of the next session
         read_lines(run, lines)
     if "ITERATIONS" not in run.settings and not run.steps:
         raise ValueError("not the log of a run that has begun")
-    models = re.findall(r"\nserialized_model_\w+:(\d+) bytes", text)
-    totals = re.findall(r"\nTotal submission size \S+: (\d+) bytes", text)
-    if totals:
-        run.total_bytes = int(totals[-1])
-    elif models and run.source:
-        run.total_bytes = int(models[-1]) + len(run.source.encode())
     return run
 
 
@@ -91,13 +86,13 @@ def read_lines(run: Run, lines: str) -> None:
             read_result(run, line)
 
 
-def read_step(run: Run, step: str, of: str, loss: str, val_bpb: str | None, ms: str, tok_s: str | None) -> None:
+def read_step(run: Run, steps: str, step: str, loss: str, val_bpb: str | None, ms: str, tok_s: str | None) -> None:
     """Read a line of training or validation."""
     number = int(step)
     if val_bpb is None and number in run.train_loss:
         run.go_back(number - 1)
-    run.steps, run.seconds[number] = step + of, float(ms) / 1000
-    run.stop, run.score = "", None  # those were of an earlier session
+    run.steps, run.seconds[number] = steps, float(ms) / 1000
+    run.stop, run.score = "", None  # from an earlier session
     if val_bpb is not None:
         run.val_bpb[number] = float(val_bpb)
         return
@@ -107,14 +102,18 @@ def read_step(run: Run, step: str, of: str, loss: str, val_bpb: str | None, ms: 
 
 
 def read_result(run: Run, line: str) -> None:
-    """Read a line about the end of a run, or any other."""
+    """Read any other line: of resuming, ending, saving or scoring."""
     if match := re.match(r"resume:.* step:(\d+)", line):
         run.go_back(int(match[1]))
     elif match := re.match(r"stopping_early: (\w+)", line):
         run.stop = match[1]
     elif line.startswith("error: "):
         run.stop = "interrupted" if line.startswith("error: interrupted") else "failed"
+    elif (match := re.match(r"serialized_model_\w+:(\d+) bytes", line)) and run.source:
+        run.total_bytes = int(match[1]) + len(run.source.encode())
+    elif match := re.match(r"Total submission size \S+: (\d+) bytes", line):
+        run.total_bytes = int(match[1])
     elif match := re.match(rf"final_\w*roundtrip\w* .*val_bpb:{NUM}", line):
         is_quick = " val_tokens:" in line
-        if run.score is None or run.is_quick or not is_quick:  # a later quick look does not replace a score
+        if run.score is None or run.is_quick or not is_quick:  # a model can be scored again without training
             run.score, run.is_quick = float(match[1]), is_quick

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Print text that a saved model (.int8.ptz or .npz) generates. Nothing in its file is run, even if it is a stranger's.
+"""Print text that a saved model (.int8.ptz or .npz) generates. No code in the file is run, even a stranger's.
 
 Settings and tokenizer come from the environment, or else from the run's log, RUN_ID.txt beside the model.
 
-Each token takes a forward pass over the last TRAIN_SEQ_LEN tokens. On 2 Linux cores with OpenBLAS, 200 tokens take half
-a second with the README's sample model. With the default model they take 7 s, and 70 s after a prompt of 600 tokens.
+Each token takes a forward pass over at most the last TRAIN_SEQ_LEN tokens. On 2 Linux cores with OpenBLAS, 200 tokens
+take half a second with the README's sample model. With the default model they take 7 s, and 70 s after a prompt of 600
+tokens.
 """
 
 import argparse
@@ -38,11 +39,13 @@ def next_logits(script: Any, model: Any, tokens: list[int]) -> np.ndarray:
 
 def choose(logits: np.ndarray, temperature: float, top_k: int, rng: np.random.Generator) -> int:
     """A token drawn from softmax(logits / temperature). If top_k is above 0, only from the top_k most likely ones."""
+    if temperature == 0:
+        return int(np.argmax(logits))
     if top_k > 0:
         least = np.sort(logits)[-top_k:][0]
         logits = np.where(logits >= least, logits, -np.inf)
-    noise = rng.gumbel(size=logits.size)  # the Gumbel-max trick: this argmax is such a draw
-    return int(np.argmax(logits + temperature * noise))
+    weights = np.exp((logits - logits.max()).astype(float) / temperature)
+    return int(rng.choice(len(weights), p=weights / weights.sum()))
 
 
 def print_new(tokenizer: Any, tokens: list[int], num_printed: int) -> int:
@@ -54,7 +57,7 @@ def print_new(tokenizer: Any, tokens: list[int], num_printed: int) -> int:
 
 
 def write_texts(options: argparse.Namespace) -> None:
-    """Print the prompt and its continuation as it is made, `count` times. A text stops early where a document ends."""
+    """Print the prompt and each token as it is drawn, `count` times. A text stops early where a document ends."""
     require(options.temperature >= 0, f"--temperature {options.temperature}: must be at least 0")
     script, args, model = load_model(options.artifact, options.script)
     tokenizer = load_tokenizer(script, args)
@@ -86,16 +89,18 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--temperature", type=float, default=0.8, help="0 always takes the most likely token (default: 0.8)"
     )
-    parser.add_argument("--top-k", type=int, default=0, help="draw from the K most likely tokens only")
+    parser.add_argument(
+        "--top-k", type=int, default=0, help="draw from the K most likely tokens only (default: 0, all)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: 0)")
     parser.add_argument("--count", type=int, default=1, help="number of texts (default: 1)")
-    parser.add_argument("--script", type=Path, default=SCRIPT, help="the fork that wrote it: this is code, and is run")
+    parser.add_argument("--script", type=Path, default=SCRIPT, help="the fork that wrote it; its code is run")
     options = parser.parse_args(arguments)
     sys.stdout.reconfigure(errors="replace")  # for terminals that cannot show every character
     try:
         write_texts(options)
         return 0
-    except Exception as error:  # a damaged file can cause any
+    except Exception as error:  # a damaged file can cause any error
         return report(options.artifact, error)
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Score an .int8.ptz or .npz file that train_gpt_mlx.py wrote. Nothing in it is run, even if it is a stranger's, and no
-file is written. Settings come from the environment, or else from the run's log, RUN_ID.txt beside the model."""
+"""Score an .int8.ptz or .npz file that train_gpt_mlx.py wrote. No code in it is run, even a stranger's, and no file is
+written. Settings come from the environment, or else from the run's log, RUN_ID.txt beside the model."""
 
 import argparse
-import importlib
+import importlib.util
 import os
 import re
 import sys
@@ -36,8 +36,11 @@ def import_script(path: Path, log: Path) -> ModuleType:
     for name, value in (overrides or {}).items():
         if name.lower() in declared:  # a stranger's log must not set PATH
             os.environ.setdefault(name, value)
-    sys.path.insert(0, str(path.parent))
-    return importlib.import_module(path.stem)
+    sys.path.insert(0, str(path.parent))  # for what a fork imports
+    spec = importlib.util.spec_from_file_location("fork", path)
+    script = sys.modules["fork"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
 
 
 # Python's unpickler calls whatever a file names, and NumPy trusts the file with sizes and flags. So this follows only
@@ -121,9 +124,8 @@ def read_model(script: ModuleType, path: Path, params: dict) -> dict:
 
 def load_model(path: Path, script_path: Path) -> tuple[ModuleType, Any, Any]:
     """(script, its settings, its model with the weights in a file). Raises any error."""
-    pattern = r"(.*?)(_mlx_model)?(\.npz|\.int8\.ptz)?(\.\d+)?"  # the last is the number of a file moved aside
-    run, _, _, number = re.fullmatch(pattern, str(path.resolve(strict=True))).groups("")
-    log = Path(f"{run}.txt{number}")
+    ending = r"(_mlx_model)?(\.npz|\.int8\.ptz)?(\.\d+)?$"  # the last is the number of a file moved aside
+    log = Path(re.sub(ending, r".txt\3", str(path.resolve(strict=True)), count=1))
     script = import_script(script_path, log)
     args = script.Hyperparameters()
     script.check_settings(args)
@@ -166,12 +168,12 @@ def main(arguments: list[str]) -> int:
     """Exit status: 0 for a score, 2 for an error."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("artifact", type=Path, help="RUN_ID_mlx_model.int8.ptz or RUN_ID_mlx_model.npz")
-    parser.add_argument("--script", type=Path, default=SCRIPT, help="the fork that wrote it: this is code, and is run")
+    parser.add_argument("--script", type=Path, default=SCRIPT, help="the fork that wrote it; its code is run")
     options = parser.parse_args(arguments)
     try:
         score(options.artifact, options.script)
         return 0
-    except Exception as error:  # a damaged file can cause any
+    except Exception as error:  # a damaged file can cause any error
         return report(options.artifact, error)
 
 

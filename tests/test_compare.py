@@ -109,7 +109,7 @@ class TestReading:
             path.write_text(path.read_text() + HEAD.replace("print(1)", "print(2)") + CONFIGURATION + lines)
             run = read_log(path)
             assert (run.status(), run.val_bpb, list(run.train_loss.values())) == ("unfinished", {}, losses)
-            assert run.source == SOURCE.replace("print(1)", "print(2)")
+            assert (run.source, run.total_bytes) == (SOURCE.replace("print(1)", "print(2)"), None)
         assert run.seconds == {1: 30, 2: 60, 3: 65}
 
     def test_a_score_counts_more_than_a_later_quick_look(self, capsys):

@@ -91,8 +91,8 @@ class TestText:
 
     def test_a_model_of_another_script(self, model, tmp_path, capsys):
         source = SCRIPT.read_text(encoding="utf-8").replace("x = block(x, x0)", "x = block(x, x0) + x0")
-        (tmp_path / "fork.py").write_text(source)
-        assert text(capsys, model, "--script", str(tmp_path / "fork.py")) != text(capsys, model)
+        (tmp_path / "copy.py").write_text(source)
+        assert text(capsys, model, "--script", str(tmp_path / "copy.py")) != text(capsys, model)
 
 
 @pytest.mark.slow
