@@ -92,7 +92,7 @@ def read_step(run: Run, steps: str, step: str, loss: str, val_bpb: str | None, m
     if val_bpb is None and number in run.train_loss:
         run.go_back(number - 1)
     run.steps, run.seconds[number] = steps, float(ms) / 1000
-    run.stop, run.score = "", None  # from an earlier session
+    run.stop, run.score, run.total_bytes = "", None, None  # from an earlier session
     if val_bpb is not None:
         run.val_bpb[number] = float(val_bpb)
         return
