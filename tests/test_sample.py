@@ -77,9 +77,9 @@ class TestText:
         assert (contexts[0], "".join(outputs)) == ([tokenizer.bos_id()], "the cat")
 
     def test_number_of_tokens_and_length_of_the_context(self, model, tokenizer, monkeypatch, capsys):
-        contexts, _ = forced(monkeypatch, capsys, tokenizer.encode("the cat says that " * 9))
-        text(capsys, model, "--tokens", "30", "--temperature", "0")
-        assert [len(context) for context in contexts] == [*range(1, 16)] + [16] * 15
+        contexts, _ = forced(monkeypatch, capsys, tokenizer.encode("the cat says that " * 99))
+        text(capsys, model)
+        assert [len(context) for context in contexts] == [*range(1, 16)] + [16] * 185
 
     def test_it_is_printed_as_it_is_made_in_whole_characters(self, model, tokenizer, monkeypatch, capsys):
         a, b, c, *control = tokenizer.encode("日\x9b")  # bytes
@@ -107,15 +107,15 @@ class TestRuns:
 
 
 class TestErrors:
-    def test_a_missing_model_or_log(self, model, capsys, monkeypatch):
+    def test_a_missing_model_or_log_and_a_negative_temperature(self, model, capsys, monkeypatch):
         monkeypatch.delenv("MODEL_DIM")
-        for path, reason in [("none.int8.ptz", "No such file"), (model, "r.txt does not exist")]:
-            assert sample.main([str(path)]) == 2
+        for path, t, reason in [("x.npz", 1, "No such"), (model, -1, "at least 0"), (model, 1, "r.txt does not exist")]:
+            assert sample.main([str(path), f"--temperature={t}"]) == 2
             check_one_line_error(capsys.readouterr().err, str(path), reason)
 
     def test_a_missing_or_damaged_tokenizer_or_another(self, model, capsys, monkeypatch):
         monkeypatch.setenv("TOKENIZER_PATH", str(path := model.with_name("t.model")))
-        contents = {"310 pieces": train_tokenizer(vocab_size=310), "give a --prompt": train_tokenizer(bos_id=-1)}
+        contents = {"330 pieces": train_tokenizer(vocab_size=330), "give a --prompt": train_tokenizer(bos_id=-1)}
         for reason, content in {"does not exist": b"", **contents, "parse ModelProto": b"x"}.items():
             if content:
                 path.write_bytes(content)
