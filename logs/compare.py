@@ -27,7 +27,7 @@ from runs import Run, read_log
 LOGS = Path(__file__).parent
 SUBMISSION_CAP_BYTES = 16_000_000
 
-FORMATS = {
+FORMATS = {  # the columns of figures
     "seconds": ".0f",
     "tok/s": ".0f",
     "before": ".4f",
@@ -134,7 +134,7 @@ def differences(a: Run, b: Run) -> Iterator[str]:
 
 
 def draw(runs: list[Run]) -> Any:
-    """A matplotlib figure of curves, with a color and a marker for each run. Large markers are scores."""
+    """A matplotlib figure of curves, with a color and a marker for each run. Markers with a black edge are scores."""
     from matplotlib.figure import Figure  # here, because only --plot needs it
 
     figure = Figure(figsize=(11, 8), layout="constrained")
@@ -151,7 +151,7 @@ def draw(runs: list[Run]) -> Any:
             val_x = [x[step] for step in run.val_bpb]
             loss_axes, val_axes = axes[:, column]
             loss_axes.plot(loss_x, losses, linestyle="", markersize=3, alpha=0.4, **style)
-            loss_axes.plot(loss_x, smooth, color=style["color"])
+            loss_axes.plot(loss_x, smooth, markersize=6, markevery=0.15, **style)  # a marker tells runs apart in print
             val_axes.plot(val_x, list(run.val_bpb.values()), markersize=4, label=label, **style)
             if run.score is not None and val_x:
                 val_axes.plot(val_x[-1], run.score, markersize=10, markeredgecolor="black", **style)

@@ -122,7 +122,7 @@ class TestReading:
         assert scores == [("b", 2.112, "ranked"), ("a", 2.2, "ranked"), ("c", 2.111, "quick look")]
         assert rows(capsys)[0]["bytes"] == 14_000_000 + len(SOURCE.encode())
 
-    def test_what_is_no_log_of_a_run_is_named_and_skipped(self, capsys):
+    def test_files_that_are_not_logs_are_named_and_skipped(self, capsys):
         folder = logs(a=ORIGINAL, notes="buy milk", source_only=HEAD[:80])
         (folder / "binary.txt").write_bytes(bytes(range(256)))
         compare.main([])
@@ -159,7 +159,7 @@ class TestTable:
         names = "NUM_LAYERS MODEL_DIM NUM_HEADS NUM_KV_HEADS TRAIN_SEQ_LEN TIED_EMBED_LR MUON_BACKEND_STEPS"
         assert rows(capsys, a=ORIGINAL, b=other)[1]["settings"] == dict.fromkeys(names.split(), "7")
 
-    def test_all_logs_of_the_folder_also_those_moved_aside(self, capsys):
+    def test_all_logs_in_the_folder_and_those_moved_aside(self, capsys):
         folder = logs(a=scored(2.1))
         (folder / "a.txt.12").write_text(scored(2.2))
         (folder / "a.txt.bak").write_text(scored(2.3))
@@ -198,7 +198,7 @@ class TestDifferences:
         assert lines >= {"SEED: default -> 7", "NUM_LAYERS: 9 -> 10", "-Running MLX 0.31.0", "+Running MLX 0.32.4"}
         assert lines >= {"--- a: source", "+++ b: source", "-print(1)", "+print(2)", " iterations:{π}"}
 
-    def test_what_is_the_same_is_said_so(self, capsys):
+    def test_identical_versions_and_sources_are_reported(self, capsys):
         logs(a=ORIGINAL, b=HEAD + CONFIGURATION)
         assert printed(capsys, "--diff", "a", "b").splitlines()[1:] == ["versions: identical", "source: identical"]
 
@@ -232,7 +232,7 @@ class TestCurves:
         assert scores == [([0, 3], [4.1, 2.1]), ([3], [2.15]), ([], [])]  # validation of a, its score, none of b
         assert scores_in_time == [([0, 600], [4.1, 2.1]), ([600], [2.15]), ([], [])]
         assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b (unfinished)"]
-        assert [line.get_color() + line.get_marker() for line in figure.axes[0].lines[::2]] == ["C0o", "C1s"]
+        assert [line.get_color() + line.get_marker() for line in figure.axes[0].lines] == ["C0o", "C0o", "C1s", "C1s"]
 
     def test_the_line_is_smooth(self):
         steps = "".join(f"step:{i}/99 train_loss:{5 + i % 2} train_time:{i}ms step_avg:1ms\n" for i in range(100))
